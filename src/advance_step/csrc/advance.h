@@ -1,0 +1,210 @@
+// The update rule of every operator, stated once for host and device, free of torch.
+//
+// Each struct is one operator's step: the tensors it works on and what happens to one row. The CPU core loops over the
+// rows, the CUDA core gives each row a thread. No row reads or writes outside its buffers, whatever the tensors hold.
+#pragma once
+
+#include "paging.h"
+
+namespace advance_step {
+
+// npu_advance_step_flashattn (plain mode) and advance_step_flashattn.
+template <class Len, class Page, class Token, class Stride>
+struct PlainStep {
+  int64_t num_seqs, num_queries;
+  BlockSize block_size;
+  Vector<int64_t, Stride> input_tokens;
+  Vector<const Token, Stride> sampled_token_ids;
+  Vector<int64_t, Stride> input_positions;
+  Vector<Len, Stride> seq_lens;
+  Vector<int64_t, Stride> slot_mapping;
+  Matrix<const Page, Stride> block_tables;
+
+  // The lengths that can be advanced are [0, length_limit()): their position has a page, and length + 1 fits.
+  int64_t length_limit() const {
+    const int64_t most = largest<Len>(), limit = position_limit(block_tables, block_size);
+    return limit < most ? limit : most;
+  }
+  ADVANCE_STEP_FN void row(int64_t i) const {
+    if (i < num_queries) {
+      const Len length = seq_lens[i];
+      input_tokens[i] = sampled_token_ids[i];
+      input_positions[i] = length;
+      seq_lens[i] = static_cast<Len>(wrapping_add(length, 1));
+      slot_mapping[i] = length == largest<Len>() ? kPadSlot : slot_of(block_tables, i, length, block_size);
+    } else {
+      input_tokens[i] = 0;
+      input_positions[i] = 0;
+      slot_mapping[i] = kPadSlot;
+    }
+  }
+};
+
+// npu_advance_step_flashattn (speculative mode): T = 1 + S entries a row.
+struct SpeculativeStep {
+  int64_t num_seqs, columns;  // T
+  BlockSize block_size;
+  Matrix<int64_t> input_tokens;
+  Matrix<const int64_t> sampled_token_ids;
+  Matrix<int64_t> input_positions, seq_lens, slot_mapping;
+  Matrix<const int64_t> block_tables, spec_token;
+  Vector<const int64_t> accepted_num;
+
+  // Whether row i has a token to go on with and a page for each of its next positions.
+  bool can_advance(int64_t i) const {
+    if (sampled_token_ids(i, 0) == -1) return false;
+    for (int64_t j = 0; j < columns; ++j) {
+      // Before the last + 1, which therefore cannot overflow.
+      const int64_t before = input_positions(i, j), moved = wrapping_add(before, accepted_num[i]);
+      const bool overflowed = ((before ^ moved) & (accepted_num[i] ^ moved)) < 0;
+      if (overflowed || moved < -1 || moved >= position_limit(block_tables, block_size) - 1) return false;
+    }
+    return true;
+  }
+  ADVANCE_STEP_FN void row(int64_t i) const {
+    for (int64_t j = 0; j < columns; ++j) entry(i, j);
+  }
+  ADVANCE_STEP_FN void entry(int64_t i, int64_t j) const {
+    if (j > 0) {
+      input_tokens(i, j) = spec_token(i, j - 1);
+    } else {
+      int64_t count = 0;  // sampled before the first -1; with none, the row keeps its token
+      while (count < columns && sampled_token_ids(i, count) != -1) ++count;
+      if (count > 0) input_tokens(i, 0) = sampled_token_ids(i, count - 1);
+    }
+    const int64_t position = wrapping_add(input_positions(i, j), wrapping_add(accepted_num[i], 1));
+    input_positions(i, j) = position;
+    seq_lens(i, j) = wrapping_add(position, 1);
+    slot_mapping(i, j) = slot_of(block_tables, i, position, block_size);
+  }
+};
+
+// advance_step_flashinfer: the page metadata, from the positions that PlainStep has just written.
+template <class Page>
+struct FlashInferPages {
+  int64_t num_seqs, num_queries;
+  BlockSize block_size;
+  Matrix<const Page> block_tables;
+  Vector<int32_t> indices;
+  int64_t num_indices;
+  Vector<int32_t> indptr, last_page_len, bound;
+
+  // How many pages of its table a sequence uses whose last token is at `position`.
+  ADVANCE_STEP_FN int64_t pages(int64_t position) const {
+    if (position < 0) return 0;
+    const int64_t column = block_size.column(position);
+    return column < block_tables.columns ? column + 1 : block_tables.columns;
+  }
+  // FlashInfer's page ids are 32-bit.
+  bool fits(int64_t i, int64_t count) const {
+    for (int64_t j = 0; j < count; ++j) {
+      if (block_tables(i, j) != static_cast<int32_t>(block_tables(i, j))) return false;
+    }
+    return true;
+  }
+  ADVANCE_STEP_FN void row(int64_t i, int64_t position, int64_t count, int64_t end) const {
+    bound[i] = static_cast<int32_t>(count);
+    last_page_len[i] = static_cast<int32_t>(block_size.offset(position) + 1);
+    indptr[i + 1] = static_cast<int32_t>(end);
+  }
+  // Entry j of row i's pages, which begin at `begin`.
+  ADVANCE_STEP_FN void index(int64_t i, int64_t begin, int64_t j) const {
+    if (begin + j < num_indices) indices[begin + j] = static_cast<int32_t>(block_tables(i, j));
+  }
+};
+
+// eagle_step_update_slot_mapping_and_metadata
+template <class Position, class Len, class Page>
+struct EagleStep {
+  int64_t batch_size, max_model_len;
+  BlockSize block_size;
+  Vector<const Position> positions;
+  Matrix<const Page> block_table;
+  Vector<Len> seq_lens;
+  Vector<Position> out_clamped_positions;
+  Vector<int64_t> out_slot_mapping;
+
+  ADVANCE_STEP_FN void row(int64_t i) const {
+    if (i >= batch_size) {
+      out_slot_mapping[i] = kPadSlot;
+    } else if (positions[i] >= max_model_len - 1 || positions[i] == largest<Position>()) {
+      out_clamped_positions[i] = 0;
+      out_slot_mapping[i] = kPadSlot;
+      seq_lens[i] = 1;
+    } else {
+      const Position position = positions[i] + 1;
+      out_clamped_positions[i] = position;
+      out_slot_mapping[i] = slot_of(block_table, i, position, block_size);
+      const int64_t longest = max_model_len < largest<Len>() ? max_model_len : largest<Len>();
+      seq_lens[i] = static_cast<Len>(seq_lens[i] < longest ? seq_lens[i] + 1 : longest);
+    }
+  }
+};
+
+enum RowStatus : int32_t { kRunning, kStopped, kLength, kNoPage, kPadding };
+
+struct KVGroup {
+  Vector<int64_t> slot_mapping;
+  IntMatrix block_table;
+  BlockSize block_size;
+};
+
+constexpr int kMaxGroups = 16;
+
+// advance_until_stop
+struct UntilStopStep {
+  int64_t pad_slot, num_stop_tokens;
+  Vector<int64_t> input_tokens, input_positions;
+  IntVector sampled_token_ids, seq_lens, num_generated, max_seq_lens;
+  Vector<int32_t> status;
+  Matrix<int64_t> output_tokens;
+  Vector<const int64_t> stop_token_ids;
+  int num_groups;
+  KVGroup groups[kMaxGroups];
+
+  ADVANCE_STEP_FN bool stops(int64_t token) const {
+    for (int64_t s = 0; s < num_stop_tokens; ++s) {
+      if (stop_token_ids[s] == token) return true;
+    }
+    return false;
+  }
+  // Whether `position` has a page in every group; its slots are written on the way.
+  ADVANCE_STEP_FN bool place(int64_t i, int64_t position) const {
+    bool placed = true;
+    for (int g = 0; g < num_groups; ++g) {
+      const int64_t slot = slot_of(groups[g].block_table, i, position, groups[g].block_size);
+      groups[g].slot_mapping[i] = slot;
+      placed &= slot != kPadSlot;
+    }
+    return placed;
+  }
+  ADVANCE_STEP_FN RowStatus next_status(int64_t i, int64_t token, int64_t length, bool full) const {
+    if (full) return kLength;
+    if (stops(token)) return kStopped;
+    const int64_t most = max_seq_lens.get(i);
+    if (length >= most || length + 1 >= most || length == seq_lens.largest()) return kLength;
+    return place(i, length) ? kRunning : kNoPage;
+  }
+  ADVANCE_STEP_FN void row(int64_t i) const {
+    RowStatus next = static_cast<RowStatus>(status[i]);
+    if (next == kRunning) {
+      const int64_t token = sampled_token_ids.get(i), length = seq_lens.get(i), count = num_generated.get(i);
+      const bool full = count < 0 || count >= output_tokens.columns;
+      next = next_status(i, token, length, full);
+      status[i] = next;
+      if (!full && next != kNoPage) {
+        output_tokens(i, count) = token;
+        num_generated.set(i, count + 1);
+      }
+      if (next == kRunning) {
+        input_tokens[i] = token;
+        input_positions[i] = length;
+        seq_lens.set(i, length + 1);
+        return;
+      }
+    }
+    for (int g = 0; g < num_groups; ++g) groups[g].slot_mapping[i] = pad_slot;
+  }
+};
+
+}  // namespace advance_step

@@ -1,0 +1,127 @@
+// Tensors as typed views, and where a token lies: the arithmetic that every operator shares, free of torch.
+//
+// Nothing here reads outside a table, whatever the tensors hold: a position without a page gets the pad slot.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define ADVANCE_STEP_FN __host__ __device__ __forceinline__
+#else
+#define ADVANCE_STEP_FN inline
+#endif
+
+namespace advance_step {
+
+constexpr int64_t kPadSlot = -1;
+
+// A stride in elements is an int64_t or, where the compiler should know that buffers are contiguous, a One.
+using One = std::integral_constant<int64_t, 1>;
+
+// [n]
+template <class T, class Stride = int64_t>
+struct Vector {
+  T* data;
+  Stride stride;
+  ADVANCE_STEP_FN T& operator[](int64_t i) const { return data[i * stride]; }
+};
+
+// [rows, columns]
+template <class T, class Stride = int64_t>
+struct Matrix {
+  T* data;
+  int64_t columns, row_stride;
+  Stride column_stride;
+  ADVANCE_STEP_FN T& operator()(int64_t row, int64_t column) const {
+    return data[row * row_stride + column * column_stride];
+  }
+};
+
+// int32 or int64, decided at run time: where a type parameter for each tensor would make too many kernels.
+struct IntVector {
+  void* data;
+  int64_t stride;
+  bool wide;
+  ADVANCE_STEP_FN int64_t get(int64_t i) const {
+    return wide ? static_cast<int64_t*>(data)[i * stride] : static_cast<int32_t*>(data)[i * stride];
+  }
+  ADVANCE_STEP_FN void set(int64_t i, int64_t value) const {
+    if (wide) {
+      static_cast<int64_t*>(data)[i * stride] = value;
+    } else {
+      static_cast<int32_t*>(data)[i * stride] = static_cast<int32_t>(value);
+    }
+  }
+  ADVANCE_STEP_FN int64_t largest() const { return wide ? INT64_MAX : INT32_MAX; }
+};
+struct IntMatrix {
+  const void* data;
+  int64_t columns, row_stride, column_stride;
+  bool wide;
+  ADVANCE_STEP_FN int64_t operator()(int64_t row, int64_t column) const {
+    const int64_t at = row * row_stride + column * column_stride;
+    return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+  }
+};
+
+template <class T>
+ADVANCE_STEP_FN constexpr T largest() {
+  return sizeof(T) == 8 ? static_cast<T>(INT64_MAX) : static_cast<T>(INT32_MAX);
+}
+
+// Wraps where the true value does not fit; signed overflow would be undefined.
+ADVANCE_STEP_FN int64_t wrapping_add(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+ADVANCE_STEP_FN int64_t wrapping_mul(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
+
+// Tokens per page. A division takes most of a row's time, so a power of two is shifted instead.
+struct BlockSize {
+  int64_t value;
+  int shift;  // log2(value), or -1 where value is no power of two
+
+  static BlockSize of(int64_t value) {
+    if ((value & (value - 1)) != 0) return {value, -1};
+    int shift = 0;
+    while ((value >> shift) > 1) ++shift;
+    return {value, shift};
+  }
+  // Of a position >= 0; 32-bit division is several times faster, and nearly every position fits.
+  ADVANCE_STEP_FN int64_t column(int64_t position) const {
+    if (shift >= 0) return position >> shift;
+    if (((position | value) >> 32) == 0) return static_cast<uint32_t>(position) / static_cast<uint32_t>(value);
+    return position / value;
+  }
+  // position % value, not below 0.
+  ADVANCE_STEP_FN int64_t offset(int64_t position) const {
+    const int64_t remainder = position % value;
+    return remainder < 0 ? remainder + value : remainder;
+  }
+  // page * value + position % value; wraps where that does not fit 64 bits.
+  ADVANCE_STEP_FN int64_t slot(int64_t page, int64_t position, int64_t column) const {
+    if (shift >= 0) return static_cast<int64_t>(static_cast<uint64_t>(page) << shift) | (position & (value - 1));
+    return wrapping_add(wrapping_mul(page, value), position - column * value);
+  }
+};
+
+// Where the token at `position` of sequence `row` lies in the cache: page id * block size + offset, 64-bit.
+template <class Table>
+ADVANCE_STEP_FN int64_t slot_of(const Table& table, int64_t row, int64_t position, BlockSize block_size) {
+  if (position < 0) return kPadSlot;
+  const int64_t column = block_size.column(position);
+  if (column >= table.columns) return kPadSlot;
+  const int64_t page = table(row, column);
+  if (page < 0) return kPadSlot;
+  return block_size.slot(page, position, column);
+}
+
+// The positions that lie in the table are [0, position_limit()).
+template <class Table>
+int64_t position_limit(const Table& table, BlockSize block_size) {
+  return table.columns > INT64_MAX / block_size.value ? INT64_MAX : table.columns * block_size.value;
+}
+
+}  // namespace advance_step

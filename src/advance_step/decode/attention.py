@@ -1,0 +1,139 @@
+"""The attention function that transformers calls in every layer, over the paged cache.
+
+It is registered under the name `PAGED`; a model is put on it by `model.set_attn_implementation(PAGED)`, and each call
+of the model carries the metadata of its step as the keyword argument `paged`. No mask function is registered under
+the name, so transformers builds no mask: who sees what follows from the metadata alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from advance_step.decode.cache import PagedKVCache
+
+PAGED = "advance_step_paged"
+
+# Up to this many keys in the batch (rows * length) SDPA on the CPU is faster than two batched matmuls, which have a
+# fixed cost of about 80 us; beyond it SDPA falls behind, by 2x at 32 rows (bfloat16 and float32, 2 cores).
+SDPA_MAX_KEYS = 512
+
+
+@dataclass
+class Prefill:
+    """Whole prompts, packed one after the other into a batch of one."""
+
+    cache: PagedKVCache
+    write_index: Tensor
+    lengths: list[int]
+
+
+@dataclass
+class DecodeStep:
+    """One token of every row, against all that the row has in its pages."""
+
+    cache: PagedKVCache
+    write_index: Tensor
+    read_index: Tensor
+    input_positions: Tensor  # [rows]
+    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window; layers share them
+
+    def mask(self, length: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
+        """What each row may see of its `length` gathered keys, as an additive mask [rows, 1, 1, length]."""
+        if sliding_window not in self.masks:
+            key = torch.arange(length, device=self.input_positions.device)
+            visible = _visible(self.input_positions[:, None], key, sliding_window)  # [rows, length]
+            self.masks[sliding_window] = _additive(visible, dtype)[:, None, None]
+        return self.masks[sliding_window]
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [batch, heads, length, head_dim]
+    key: Tensor,  # [batch, kv_heads, length, head_dim]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    paged: Prefill | DecodeStep | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Write this layer's new keys and values by slot, and attend through the block tables.
+
+    Returns [batch, length, heads, head_dim] and no attention weights, as transformers expects.
+    Raises ValueError for what it would otherwise get wrong: a call without `paged`, a ready-made mask, attention
+    sinks, a position bias.
+    """
+    if paged is None:
+        raise ValueError(f"paged: expected Prefill or DecodeStep, got None (attention {PAGED!r} needs the step's metadata)")
+    unsupported = {"attention_mask": attention_mask, "s_aux": kwargs.get("s_aux"), "position_bias": kwargs.get("position_bias")}
+    for name, argument in unsupported.items():
+        if argument is not None:
+            raise ValueError(f"{name}: expected None, got a tensor: attention over pages does not support it")
+
+    layer = module.layer_idx
+    paged.cache.write(layer, paged.write_index, key, value)
+    if isinstance(paged, Prefill):
+        return _prefill(query, key, value, paged.lengths, scaling, sliding_window, softcap), None
+
+    batch, heads, _, head_dim = query.shape
+    keys, values = paged.cache.read(layer, paged.read_index, batch)
+    kv_heads, length = keys.shape[1:3]
+    mask = paged.mask(length, sliding_window, query.dtype)
+    grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)  # heads that share keys attend as one
+    if softcap is None and (query.device.type != "cpu" or batch * length <= SDPA_MAX_KEYS):
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    else:
+        out = _matmul_attention(grouped, keys, values, mask, scaling, softcap)
+    return out.reshape(batch, 1, heads, head_dim), None
+
+
+def _prefill(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float, sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention of each packed prompt to itself: [1, tokens, heads, head_dim]."""
+    group = query.shape[1] // key.shape[1]
+    out = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+        length = q.shape[2]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [1, heads, length, head_dim]
+        if softcap is None and (sliding_window is None or sliding_window >= length):
+            attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        else:
+            position = torch.arange(length, device=q.device)
+            mask = _additive(_visible(position[:, None], position, sliding_window), q.dtype)  # [length, length]
+            attended = _matmul_attention(q, k, v, mask, scaling, softcap)
+        out.append(attended.transpose(1, 2))
+    return torch.cat(out, 1)
+
+
+def _matmul_attention(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """softmax(query @ keys.T * scaling + mask) @ values, with the scores capped before the mask where asked."""
+    scores = torch.matmul(query, keys.transpose(2, 3)).mul_(scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return torch.matmul(scores.add_(mask).softmax(-1), values)
+
+
+def _visible(query_position: Tensor, key_position: Tensor, sliding_window: int | None) -> Tensor:
+    """Causal, and not further back than the window, which counts the token itself."""
+    visible = key_position <= query_position
+    if sliding_window is not None:
+        visible &= key_position > query_position - sliding_window
+    return visible
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+AttentionInterface.register(PAGED, paged_attention)

@@ -1,0 +1,62 @@
+"""Compiles every kernel ahead, so that serving compiles nothing."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from advance_step.kernels.eagle import eagle_step_update_slot_mapping_and_metadata
+from advance_step.kernels.flashinfer import advance_step_flashinfer
+from advance_step.kernels.plain import advance_step_flashattn
+from advance_step.kernels.speculative import npu_advance_step_flashattn
+from advance_step.kernels.until_stop import advance_until_stop
+
+INTS = (torch.int32, torch.int64)
+
+
+def warmup(device: torch.device | str | int) -> None:
+    """Compiles and loads the binary of every kernel for every mix of dtypes, by a call of one row each.
+
+    Call it once on each device, before a graph is captured there. Triton keeps the binaries in its cache on disk, so
+    that the next process only loads them. It allocates a few bytes and does not wait for the device.
+    """
+
+    def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def longs() -> torch.Tensor:
+        return zeros(torch.int64, 1)
+
+    # Named by what their dtypes are of: lengths, page ids, sampled tokens, and so on.
+    for length, page, token in itertools.product(INTS, repeat=3):
+        step = (longs(), zeros(token, 1), longs(), zeros(length, 1), longs(), zeros(page, 1, 1))
+        metadata = [zeros(torch.int32, n) for n in (1, 2, 1, 1)]
+        advance_step_flashattn(1, 1, 1, *step)
+        advance_step_flashinfer(1, 1, 1, *step, *metadata)
+
+    state = [zeros(torch.int64, 1, 2) for _ in range(6)]
+    npu_advance_step_flashattn(*state, 1, 1, 1, spec_token=zeros(torch.int64, 1, 1), accepted_num=longs())
+
+    for length, page, position in itertools.product(INTS, repeat=3):
+        positions = zeros(position, 1)
+        eagle_step_update_slot_mapping_and_metadata(
+            positions, zeros(page, 1, 1), zeros(length, 1), 1, 1, positions, longs()
+        )
+
+    for length, page, token, count, limit in itertools.product(INTS, repeat=5):
+        for num_groups in (1, 2):  # the first group's kernel, and those of every further one
+            advance_until_stop(
+                longs(),
+                zeros(token, 1),
+                longs(),
+                zeros(length, 1),
+                [longs() for _ in range(num_groups)],
+                [zeros(page, 1, 1)] * num_groups,
+                [1] * num_groups,
+                zeros(torch.int32, 1),
+                zeros(torch.int64, 1, 1),
+                zeros(count, 1),
+                longs(),
+                zeros(limit, 1),
+            )

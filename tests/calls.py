@@ -1,0 +1,106 @@
+"""One good call of each operator, as a dict of fresh arguments by name; the tests change what they need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import advance_step
+
+INT64 = torch.int64
+
+
+def plain(rows: int = 8, live: int = 5, pages: int = 4, block_size: int = 16) -> dict[str, Any]:
+    return {
+        "num_seqs": rows,
+        "num_queries": live,
+        "block_size": block_size,
+        "input_tokens": torch.arange(rows) + 1000,
+        "sampled_token_ids": torch.arange(live)[:, None] + 2000,
+        "input_positions": torch.arange(rows) + 3000,
+        "seq_lens": torch.arange(rows) * 9 + 3,
+        "slot_mapping": torch.arange(rows) + 4000,
+        "block_tables": torch.arange(rows * pages).reshape(rows, pages) + 50,
+    }
+
+
+def speculative(rows: int = 4, proposals: int = 2) -> dict[str, Any]:
+    width = 1 + proposals
+    positions = torch.arange(rows)[:, None] * 7 + torch.arange(width)
+    return plain(rows, rows) | {
+        "input_tokens": torch.arange(rows * width).reshape(rows, width) + 1000,
+        "sampled_token_ids": torch.tensor([[7, 8, 9], [7, 8, -1], [7, -1, -1], [7, -1, 9]])[:rows],
+        "input_positions": positions,
+        "seq_lens": positions + 1,
+        "slot_mapping": torch.arange(rows * width).reshape(rows, width) + 4000,
+        "spec_token": torch.arange(rows * proposals).reshape(rows, proposals) + 5000,
+        "accepted_num": torch.tensor([2, 1, 0, 0])[:rows],
+    }
+
+
+def flashinfer(rows: int = 8, live: int = 5) -> dict[str, Any]:
+    return plain(rows, live) | {
+        "paged_kv_indices": torch.zeros(rows * 4, dtype=torch.int32),
+        "paged_kv_indptr": torch.zeros(rows + 1, dtype=torch.int32),
+        "paged_kv_last_page_len": torch.zeros(rows, dtype=torch.int32),
+        "block_table_bound": torch.zeros(rows, dtype=torch.int32),
+    }
+
+
+def eagle(rows: int = 5) -> dict[str, Any]:
+    return {
+        "positions_1d": torch.arange(rows) * 9,
+        "block_table_tensor": torch.arange(rows * 4, dtype=torch.int32).reshape(rows, 4) + 50,
+        "seq_lens": torch.arange(rows, dtype=torch.int32) * 9 + 1,
+        "block_size": 16,
+        "max_model_len": 30,
+        "out_clamped_positions": torch.zeros(rows, dtype=INT64),
+        "out_slot_mapping": torch.zeros(rows + 3, dtype=INT64),
+        "input_batch_size": rows + 2,
+    }
+
+
+def until_stop(rows: int = 6) -> dict[str, Any]:
+    return {
+        "input_tokens": torch.arange(rows) + 1000,
+        "sampled_token_ids": torch.arange(rows) + 2000,
+        "input_positions": torch.arange(rows) + 3000,
+        "seq_lens": torch.arange(rows, dtype=torch.int32) * 9 + 3,
+        "slot_mappings": [torch.arange(rows) + 4000, torch.arange(rows) + 4500],
+        "block_tables": [torch.arange(rows * 4).reshape(rows, 4), torch.arange(rows * 2).reshape(rows, 2)],
+        "block_sizes": [16, 32],
+        "status": torch.tensor([0, 0, 0, 4, 0, 0], dtype=torch.int32)[:rows],
+        "output_tokens": torch.zeros(rows, 8, dtype=INT64),
+        "num_generated": torch.arange(rows),
+        "stop_token_ids": torch.tensor([2001, 9]),
+        "max_seq_lens": torch.full((rows,), 40, dtype=torch.int32),
+    }
+
+
+CALLS = {
+    "npu_advance_step_flashattn": plain,
+    "npu_advance_step_flashattn (speculative)": speculative,
+    "advance_step_flashattn": plain,
+    "advance_step_flashinfer": flashinfer,
+    "eagle_step_update_slot_mapping_and_metadata": eagle,
+    "advance_until_stop": until_stop,
+}
+
+
+def name_of(call: str) -> str:
+    return call.split(" ")[0]
+
+
+def function(call: str) -> Any:
+    return getattr(advance_step, name_of(call))
+
+
+def operator(call: str) -> Any:
+    return getattr(torch.ops.advance_step, name_of(call)).default
+
+
+def tensors(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """Every tensor of a call, those in lists too."""
+    flat = [item for value in arguments.values() for item in (value if isinstance(value, list) else [value])]
+    return [item for item in flat if isinstance(item, torch.Tensor)]

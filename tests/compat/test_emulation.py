@@ -1,0 +1,205 @@
+"""Each test that needs the emulated NPU has a process of its own: torch cannot take a device away again."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import advance_step
+from advance_step.compat import emulation
+from advance_step.compat import torch_npu as compat
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PAGE = ROOT.parent / "shared/seed/npu_advance_step_flashattn.zh.md"
+RUN = "import sys; from advance_step.compat.emulation import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+
+
+def python(*args, cwd=None, **environment):
+    package = str(Path(advance_step.__file__).parents[1])  # the one under test, wherever the child runs
+    environment = os.environ | environment | {"PYTHONPATH": package}
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=cwd, env=environment
+    )
+
+
+def emulate(script, *args, cwd=None):
+    return python("-c", RUN, script, *args, cwd=cwd)
+
+
+def test_the_device_and_the_operator_on_it():
+    suites = HERE / "emulated_device.py", HERE / "emulated_operator.py"
+    done = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *suites, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def page(tmp_path):
+    if not PAGE.is_file():
+        pytest.skip(f"the operator's public page is not at {PAGE}")
+    script = tmp_path / "page.py"
+    script.write_text(PAGE.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], encoding="utf-8")
+    return script
+
+
+def test_the_public_pages_example_runs_unmodified(page):
+    done = emulate(page)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+PAGE_RESULT = """
+import runpy, sys
+import numpy as np
+from advance_step.compat import emulation
+
+emulation.enable()
+for seed in range(100):
+    np.random.seed(seed)
+    end = runpy.run_path(sys.argv[1])
+    given = {name: end[name].tolist() for name in ("sampled_token_id", "seq_len", "block_table")}
+    rows = zip(*(end[name].tolist() for name in ("input_tokens", "input_positions", "seq_lens", "slot_mappings")))
+    for i, row in enumerate(rows):
+        p = given["seq_len"][i]
+        live = lambda: (given["sampled_token_id"][i][0], p, p + 1, given["block_table"][i][p // 8] * 8 + p % 8)
+        assert row == (live() if i < 8 else (0, 0, p, -1)), (seed, i, row)
+    assert end["sampled_token_ids"].tolist() == given["sampled_token_id"]
+    assert end["block_tables"].tolist() == given["block_table"]
+print("seeds:", seed + 1)
+"""
+
+
+def test_the_public_pages_example_leaves_what_the_contract_says(page):
+    done = python("-c", PAGE_RESULT, page)
+    assert (done.stdout, done.stderr) == ("seeds: 100\n", "")
+
+
+CONFORMANCE = """
+from advance_step.compat import emulation
+from advance_step.conformance.run import check
+
+emulation.enable()
+import torch_npu
+
+results = list(check(torch_npu.npu_advance_step_flashattn, "npu", "npu"))
+print(len(results) > 30, [result for result in results if result.outcome != "holds"])
+"""
+
+
+def test_the_emulated_operator_holds_the_whole_contract():
+    done = python("-c", CONFORMANCE, ADVANCE_STEP_CHECK="1")  # bad values are refused there: an NPU's, when it checks
+    assert (done.stdout, done.stderr) == ("True []\n", "")
+
+
+@pytest.mark.parametrize(
+    ("script", "last_line"),
+    [
+        ("plain.py", "plain: every row as the contract says"),
+        ("speculative.py", "speculative: every row as the contract says"),
+        ("decode_loop.py", "32 steps of 3 rows: the CPU's tokens"),
+    ],
+)
+def test_the_examples(script, last_line):
+    done = emulate(ROOT / "examples/ascend" / script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == last_line
+
+
+def test_a_script_runs_as_python_would_run_it(tmp_path):
+    (tmp_path / "beside.py").write_text("import torch, torch_npu\nanswer = int(torch.tensor(6).npu() * 7)\n")
+    (tmp_path / "script.py").write_text(
+        "import sys, beside\nprint(__name__, __file__, sys.argv, beside.answer)\nsys.exit(int(sys.argv[2]))\n"
+    )
+    done = emulate("script.py", "--help", "5", cwd=tmp_path)
+    assert done.stdout == "__main__ script.py ['script.py', '--help', '5'] 42\n"
+    assert (done.returncode, done.stderr) == (5, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "stderr"),
+    [
+        ("import sys; sys.exit('no luck')", 1, "no luck\n"),
+        ("raise SystemExit", 0, ""),
+        ("x = (", 1, "  File \"script.py\", line 1\n    x = (\n        ^\nSyntaxError: '(' was never closed\n"),
+        (
+            "def f():\n    1 / 0\nf()",
+            1,
+            'Traceback (most recent call last):\n  File "script.py", line 3, in <module>\n    f()\n'
+            '  File "script.py", line 2, in f\n    1 / 0\n    ~~^~~\nZeroDivisionError: division by zero\n',
+        ),
+        (
+            "import torch\ntorch.ones(2, device='npu') + torch.ones(2)",
+            1,
+            'Traceback (most recent call last):\n  File "script.py", line 2, in <module>\n'
+            "    torch.ones(2, device='npu') + torch.ones(2)\n"
+            "    ~~~~~~~~~~~~~~~~~~~~~~~~~~~~^~~~~~~~~~~~~~~\n"
+            "RuntimeError: Expected all tensors to be on the same device, but other is on cpu, other tensors are on "
+            "npu:0 (in aten.add.Tensor)\n",
+        ),
+    ],
+    ids=["exit-message", "exit", "syntax", "exception", "device"],
+)
+@pytest.mark.skipif(
+    sys.version_info[:2] != (3, 11), reason="compares tracebacks to the letter, as Python 3.11 has them"
+)
+def test_how_a_script_ends(tmp_path, body, code, stderr):
+    (tmp_path / "script.py").write_text(body)
+    done = emulate("script.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", stderr)
+
+
+def test_no_such_script(tmp_path):
+    done = emulate(tmp_path / "none.py")
+    assert done.returncode == 2
+    assert done.stderr == f"advance-step emulate-npu: {tmp_path / 'none.py'}: no such file\n"
+
+
+def test_the_command(tmp_path):
+    pytest.importorskip("typer")
+    (tmp_path / "script.py").write_text("import sys, torch_npu\nprint(sys.argv[1:])\nsys.exit(4)\n")
+    done = python("-m", "advance_step", "emulate-npu", "script.py", "--help", "-x", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (4, "['--help', '-x']\n", "")
+
+
+# Refusals: before anything in this process has changed
+
+
+@pytest.fixture(autouse=True)
+def nothing_changes():
+    yield
+    assert "torch_npu" not in sys.modules and not hasattr(torch, "npu")
+    assert torch._C._get_privateuse1_backend_name() == "privateuseone"
+
+
+def test_importing_changes_nothing():
+    importlib.reload(emulation)
+    importlib.reload(compat)
+
+
+def test_a_real_torch_npu_is_not_hidden(tmp_path, monkeypatch):
+    (tmp_path / "torch_npu.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"torch_npu is installed \(.*torch_npu\.py\).*run the script itself"):
+        emulation.enable()
+
+
+def test_another_device_has_the_place(monkeypatch):
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "xyz")
+    with pytest.raises(RuntimeError, match='already the device "xyz"'):
+        emulation.enable()
+    monkeypatch.undo()
+
+
+def test_an_older_torch_is_told_what_is_needed(monkeypatch):
+    monkeypatch.delattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend")
+    with pytest.raises(RuntimeError, match=r"needs a torch .* \(.*tested with 2\.13\), got torch"):
+        emulation.enable()
+
+
+def test_patching_wants_torch_npu():
+    with pytest.raises(ModuleNotFoundError, match="torch_npu"):
+        compat.patch()
+    compat.unpatch()

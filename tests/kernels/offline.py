@@ -1,0 +1,65 @@
+"""Triton without a device: which binaries a call asks for, and their compilation for devices that are not here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import driver
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class Binary(NamedTuple):
+    """What Triton would compile: a kernel with the types and specialised values of its arguments."""
+
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]
+    attributes: str  # of the arguments, such as ((3,), [["tt.divisibility", 16]])
+    constants: str
+    num_warps: int
+
+    def compile(self, target: GPUTarget) -> Any:
+        source = ASTSource(self.kernel, dict(self.signature))
+        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+
+
+class Absent:
+    """As much of a driver as Triton asks before it compiles: a device of `target`, which is not here."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: f"absent {target}"  # Triton keeps the binaries by device
+        self.get_current_stream = lambda device: 0
+
+
+@contextlib.contextmanager
+def binaries(target: GPUTarget) -> Iterator[set[Binary]]:
+    """The binaries that the calls in this context would compile for `target`; they are not, and nothing is launched."""
+    wanted: set[Binary] = set()
+    keys: set[tuple[Any, str]] = set()
+
+    def keep(key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        (attributes,) = compile["configs"]
+        kernel, signature = fn.jit_function, tuple(compile["signature"].items())
+        wanted.add(Binary(kernel, signature, str(attributes), str(compile["constants"]), compile["num_warps"]))
+        keys.add((kernel, key))
+        return True
+
+    before, hook = driver._active, triton.knobs.runtime.jit_cache_hook
+    driver.set_active(Absent(target))
+    triton.knobs.runtime.jit_cache_hook = keep
+    try:
+        yield wanted
+    finally:
+        driver._active, triton.knobs.runtime.jit_cache_hook = before, hook
+    assert len(keys) == len(wanted)  # Triton's own key tells no more binaries apart than `Binary` does

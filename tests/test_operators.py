@@ -1,0 +1,109 @@
+"""Every operator, on the executor that serves the CPU in this process, against the contract's clauses and oracle.
+
+The clauses (advance_step.conformance) put every tensor between sentinels, compare every cell, and take the expected
+values from plain Python. tests/test_executors.py runs this file again on every other executor.
+"""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+import torch
+from calls import CALLS, function, operator, plain, tensors
+
+import advance_step
+from advance_step import ops, reference
+from advance_step.conformance import CONTRACTS, clauses, judge
+from advance_step.conformance.run import HOLDS, check_clause
+
+CLAUSES = [(contract, clause) for contract in CONTRACTS for clause in clauses(contract)]
+
+
+@pytest.mark.parametrize(("contract", "clause"), CLAUSES)
+def test_operator_holds(contract, clause):
+    result = check_clause(getattr(advance_step, CONTRACTS[contract].operator), contract, clause)
+    assert result.outcome == HOLDS, result.detail
+
+
+@pytest.mark.parametrize(("contract", "clause"), CLAUSES)
+def test_dispatcher_holds(contract, clause):
+    target = getattr(torch.ops.advance_step, CONTRACTS[contract].operator)
+    result = check_clause(target, contract, clause, seed=1)
+    assert result.outcome == HOLDS, result.detail
+
+
+@pytest.mark.parametrize(("contract", "clause"), CLAUSES)
+def test_reference_holds_as_on_an_accelerator(contract, clause, monkeypatch):
+    """The twins check nothing: a row out of place gets the pad slot, and nothing is written out of place."""
+    monkeypatch.setattr(judge, "checks_data", lambda device: False)
+    twin = getattr(reference, f"{CONTRACTS[contract].operator}_ref")
+    for case in clauses(contract)[clause].cases(judge_random(contract, clause)):
+        if not case.refused:
+            fault = judge.judge(case, twin, "cpu")
+            assert fault is None, fault.detail
+
+
+def judge_random(contract, clause):
+    from random import Random
+
+    return Random(f"2/{contract}/{clause}")
+
+
+@pytest.mark.parametrize("rows", [16384, 16385, 40000])
+def test_rows_in_parallel(rows):
+    """Above the native core's grain several threads share the rows; each must get its own."""
+    generator = torch.Generator().manual_seed(rows)
+    call = plain(rows, rows - 7)
+    call["seq_lens"] = torch.randint(0, 64, (rows,), generator=generator)
+    call["block_tables"] = torch.randint(0, 2**40, (rows, 4), generator=generator)
+    expected = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    reference.advance_step_flashattn_ref(**expected)
+    advance_step.advance_step_flashattn(**call)
+    for name in ("input_tokens", "input_positions", "seq_lens", "slot_mapping"):
+        assert torch.equal(call[name], expected[name]), name
+
+
+def test_bad_row_among_many_writes_nothing():
+    rows = 50000
+    call = plain(rows, rows)
+    call["seq_lens"] = torch.full((rows,), 7)
+    call["seq_lens"][rows - 1] = 64
+    before = [t.clone() for t in tensors(call)]
+    with pytest.raises(ValueError, match=f"position 64 in row {rows - 1}"):
+        advance_step.advance_step_flashattn(**call)
+    assert all(map(torch.equal, tensors(call), before))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_arguments_are_released(call):
+    """The native core owns a handle of every tensor for the length of a call, whichever way the call ends."""
+    good, bad = CALLS[call](), CALLS[call]()
+    bad["block_sizes" if "block_sizes" in bad else "block_size"] = [16, 0] if "block_sizes" in bad else 0
+    counts = [t._use_count() for t in tensors(good) + tensors(bad)]
+    for _ in range(10):
+        operator(call)(**good)
+        with pytest.raises(ValueError, match="block_size"):
+            operator(call)(**bad)
+        if "status" in good:
+            good["status"].zero_()
+    assert [t._use_count() for t in tensors(good) + tensors(bad)] == counts
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_returns_nothing_and_runs_in_inference_mode(call):
+    with torch.inference_mode():
+        assert function(call)(**CALLS[call]()) is None
+
+
+def test_docstring_examples():
+    results = doctest.testmod(ops)
+    assert results.attempted > 10
+    assert results.failed == 0
+
+
+def test_every_operator_is_documented_and_has_a_twin():
+    for contract in CONTRACTS.values():
+        assert getattr(advance_step, contract.operator).__doc__
+        assert callable(getattr(reference, f"{contract.operator}_ref"))
+        assert contract.operator in advance_step.__all__
