@@ -9,13 +9,13 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BUILD := --no-build-isolation --no-deps
 CSRC := $(wildcard src/advance_step/csrc/*)
 PACKAGE := $(VENV)/package-$(ADVANCE_STEP_BUILD)
-SANITIZE_TESTS ?= tests/operators tests/conformance/test_properties.py
+SANITIZE_TESTS ?= tests/test_operators.py tests/test_errors.py tests/conformance/test_properties.py
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-20s %s\n' "$$a" "$$b"; done
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 demo: $(PACKAGE) ## decode real prompts with a real model; verify one against transformers' generate
-	$(BIN)/advance-step generate --input examples/prompts.txt
+	$(BIN)/advance-step generate --input examples/prompts.txt --max-new-tokens 64 --verify 1 $(ARGS)
 
 test: $(PACKAGE) $(VENV)/test ## every test that this machine can run (ARGS="-k name" for some)
 	$(BIN)/python -m pytest $(ARGS)
@@ -69,7 +69,7 @@ clean: ## remove .venv, builds and caches
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"Python >= 3.10, got {v[0]}.{v[1]}: make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10, got " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

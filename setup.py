@@ -1,8 +1,8 @@
 """Builds the native core; everything else about the package stands in pyproject.toml.
 
-The core is one shared object on libtorch's stable ABI: no Python header, no pybind, one binary for every torch >= 2.10.
-ADVANCE_STEP_BUILD=auto (the default) builds it where a C++ compiler and torch are found, and otherwise installs without;
-1 builds it or fails, saying what is missing; 0 installs without. `advance_step.backend_info()` shows what came of it.
+The core is one shared object on libtorch's stable ABI, without Python headers: one binary for every torch >= 2.10.
+ADVANCE_STEP_BUILD=auto (the default) builds it where a C++ compiler and torch are found, else installs without it; 1
+builds it or fails and says what is missing; 0 installs without it. `advance_step.backend_info()` shows what came of it.
 """
 
 import os
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,6 +22,7 @@ from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("ADVANCE_STEP_BUILD", "auto")
 CSRC = Path("src/advance_step/csrc")
+CPP, CUDA = sorted(CSRC.glob("*.cpp")), sorted(CSRC.glob("*.cu"))
 CXX = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # the ABI of torch 2.10
 
@@ -31,57 +34,48 @@ def missing() -> str:
     """What the core cannot be built without here, or ""."""
     if os.name != "posix":
         return "the core is built on Linux and macOS only"
+    if not CPP:
+        return f"its sources are not in {CSRC}"
     if not CXX or not shutil.which(shlex.split(CXX)[0]):
         return f"no C++ compiler ({CXX or 'c++, g++ or clang++'}) on PATH"
     try:
-        import torch
-    except ImportError as error:
-        return f"torch does not import ({error}); install torch >= 2.10 first, and use pip's --no-build-isolation"
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        return f"torch is {torch.__version__}, and its stable ABI serves from 2.10 on"
+        torch = version("torch")
+    except PackageNotFoundError:
+        return "torch is not installed; install torch >= 2.10 first, then this with pip's --no-build-isolation"
+    if tuple(map(int, torch.split(".")[:2])) < (2, 10):
+        return f"torch is {torch}, and its stable ABI serves from 2.10 on"
     return ""
 
 
-def nvcc() -> str:
-    """The CUDA compiler that matches the installed torch, or ""; whether there is a GPU plays no part."""
+def nvcc() -> list[str]:
+    """The CUDA compiler that matches torch, with torch's architectures, or []; whether there is a GPU plays no part."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    found = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) if CUDA_HOME and torch.version.cuda else None
-    if not found or not list(CSRC.glob("*.cu")):
-        return ""
+    found = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) if CUDA_HOME else None
+    if not found or not torch.version.cuda:
+        return []
     release = re.search(r"release (\d+)", subprocess.check_output([found, "--version"], text=True))
     if not release or release[1] != torch.version.cuda.split(".")[0]:
         print(f"advance-step: no CUDA kernels: {found} is not of torch's CUDA {torch.version.cuda}", file=sys.stderr)
-        return ""
-    return found
+        return []
+    codes = torch._C._cuda_getArchFlags().split()  # as sm_80 sm_90 compute_90; torch.cuda's own list can want a GPU
+    return [found, "--threads=0", *(f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in codes)]
 
 
 class BuildCore(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """One command compiles and links; neither Python's own compiler flags nor libtorch_python take part."""
-        import torch
-
-        lib = Path(torch.__file__).parent / "lib"
+        torch = Path(find_spec("torch").origin).parent
         core = Path(self.get_ext_fullpath(ext.name))
         core.parent.mkdir(parents=True, exist_ok=True)
-        if found := nvcc():
-            host = ["-ccbin", shlex.split(CXX)[0], "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            compiler = [found, *host, *gencode(torch._C._cuda_getArchFlags().split()), "-threads", "0", "-DUSE_CUDA"]
-            libraries = ["-ltorch_cpu", "-ltorch_cuda"]
-        else:
-            compiler = [*shlex.split(CXX), "-fPIC", "-fvisibility=hidden"]
-            libraries = ["-ltorch_cpu"]
-        sources = [source for source in ext.sources if found or not source.endswith(".cu")]
-        flags = shlex.split(os.environ.get("NVCCFLAGS" if found else "CXXFLAGS", ""))
-        includes = [f"-I{lib.parent / 'include'}"]
-        self.spawn([*compiler, *FLAGS, *flags, *includes, *sources, "-o", str(core), f"-L{lib}", *libraries])
-
-
-def gencode(architectures: list[str]) -> list[str]:
-    """nvcc's flags for torch's list, as sm_80 sm_90 compute_90."""
-    numbers = [(a, a.split("_")[1]) for a in architectures]
-    return [f"-gencode=arch=compute_{number},code={a}" for a, number in numbers]
+        hidden, cxxflags = ["-fPIC", "-fvisibility=hidden"], shlex.split(os.environ.get("CXXFLAGS", ""))
+        command, libraries = [*shlex.split(CXX), *FLAGS, *hidden, *cxxflags], ["-ltorch_cpu"]
+        if CUDA and (cuda := nvcc()):
+            host = [f"-ccbin={shlex.split(CXX)[0]}", f"-Xcompiler={','.join(hidden)}"]
+            command, libraries = [*cuda, *FLAGS, *host, "-DUSE_CUDA", *map(str, CUDA)], ["-ltorch_cpu", "-ltorch_cuda"]
+        command += [*ext.sources, f"-I{torch / 'include'}", f"-L{torch / 'lib'}", *libraries, "-o", str(core)]
+        self.spawn(command)
 
 
 class BuildPython(build_py):
@@ -101,8 +95,7 @@ if why_not and MODE == "1":
 if why_not:
     print(f"advance-step: installs without its native core: {why_not}", file=sys.stderr)
 
-sources = sorted(str(path) for suffix in ("cpp", "cu") for path in CSRC.glob(f"*.{suffix}"))
-core = Extension("advance_step._C", sources, py_limited_api=True, optional=MODE == "auto")
+core = Extension("advance_step._C", [str(path) for path in CPP], py_limited_api=True, optional=MODE == "auto")
 setup(
     ext_modules=[] if why_not else [core],
     cmdclass={"build_ext": BuildCore, "build_py": BuildPython},

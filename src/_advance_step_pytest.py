@@ -18,7 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--advance-step-target", metavar="PACKAGE.MODULE:FUNCTION", help="the function to hold to it")
     group.addoption("--advance-step-contract", metavar="CONTRACT", help="npu, vllm, flashinfer, eagle or until-stop")
     group.addoption("--advance-step-device", metavar="DEVICE", default="cpu", help="where the tensors are (cpu)")
-    group.addoption("--advance-step-skip", metavar="CLAUSE", action="append", default=[], help="not by design; repeatable")
+    group.addoption(
+        "--advance-step-skip", metavar="CLAUSE", action="append", default=[], help="lacks by design; repeatable"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before -k and -m choose among the tests

@@ -5,8 +5,8 @@ After each generation step of a language model whose keys and values lie in page
 one call, as `torch_npu.npu_advance_step_flashattn` and vLLM's `advance_step_flashattn` are documented to.
 """
 
-from advance_step import _backends, _schema
-from advance_step._backends import backend_info
+from advance_step import _backends
+from advance_step._backends import backend_info, warmup
 
 _backends.load()
 
@@ -29,4 +29,5 @@ __all__ = [
     "backend_info",
     "eagle_step_update_slot_mapping_and_metadata",
     "npu_advance_step_flashattn",
+    "warmup",
 ]

@@ -62,14 +62,30 @@ def backend_info() -> dict[str, Any]:
     }
 
 
+def warmup(device: torch.device | str | int) -> None:
+    """Compiles ahead whatever serving on `device` would compile: all of Triton's kernels where Triton serves it.
+
+    The native core and the reference compile nothing. Call it once on each device, before a graph is captured there.
+    """
+    if torch.device(device).type in _triton_on:
+        from advance_step import kernels
+
+        kernels.warmup(device)
+
+
 def _served_by(device: str, key: str) -> dict[str, str]:
     if device in _triton_on:
-        return {"executor": "triton", "why": f"no native core: {_native_off or f'built without {device}'}"}
+        return {"executor": "triton", "why": f"no native core: {_native_off or _no_kernels(device)}"}
     if _has_kernel(key):
         return {"executor": "native", "why": f"the core has kernels for {device}"}
-    native = _native_off or f"the core was built without {device}"
+    native = _native_off or _no_kernels(device)
     triton = _triton_off(device) if FORCED != "reference" else _native_off
     return {"executor": "reference", "why": f"no native core: {native}; no Triton: {triton}"}
+
+
+def _no_kernels(device: str) -> str:
+    checks = " (ADVANCE_STEP_CHECK=1: it never looks at values)" if device == "cuda" and _schema.CHECK_VALUES else ""
+    return f"the core brings nothing for {device}{checks}"
 
 
 def _has_kernel(key: str) -> bool:

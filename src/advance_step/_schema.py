@@ -17,7 +17,7 @@ from advance_step import _contracts as contracts
 from advance_step import reference
 from advance_step.errors import Call
 
-CHECK_DATA_EVERYWHERE = os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0")
+CHECK_VALUES = os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0")
 
 
 class Operator(NamedTuple):
@@ -88,7 +88,7 @@ def check(operator: Operator, arguments: dict[str, Any], fake: bool = False) -> 
     operator.host(call)
     if not fake:
         call.written_apart([a.name for a in _arguments(operator) if a.is_write], operator.same)
-        if CHECK_DATA_EVERYWHERE or next(iter(call.tensors.values())).device.type == "cpu":
+        if CHECK_VALUES or next(iter(call.tensors.values())).device.type == "cpu":
             operator.data(call)
 
 

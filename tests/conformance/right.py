@@ -40,8 +40,9 @@ def implementation(contract: str, slot: Slot = slot, checks: bool = True) -> Cal
         int32 = frozenset(name for name, tensor in tensors.items() if tensor.dtype == torch.int32)
         values = {name: tensors[name].tolist() if name in tensors else value for name, value in flat.items()}
         outcome = described.rule(gather(values), int32, slot)
-        if checks and outcome.error and next(iter(tensors.values())).device.type == "cpu":
-            raise ValueError(f"{outcome.error}: expected a value in its range, got another in row {outcome.row}")
+        if checks and outcome.errors and next(iter(tensors.values())).device.type == "cpu":
+            name, row = next(iter(outcome.errors.items()))
+            raise ValueError(f"{name}: expected a value in its range, got another in row {row}")
         write(outcome, tensors)
 
     return call
@@ -68,7 +69,7 @@ def refuse(contract: str, args: dict[str, Any], tensors: dict[str, Tensor]) -> N
     for name, (dtypes, shapes) in demands(contract, args, tensors).items():
         got = tensors.get(name)
         if got is None or got.dtype not in dtypes or not any(fits(got.shape, shape) for shape in shapes):
-            raise ValueError(f"{name}: expected {dtypes} {shapes}, got {got if got is None else (got.dtype, got.shape)}")
+            raise ValueError(f"{name}: expected {dtypes} {shapes}, got {got}")
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
         if tensor.device != device:
@@ -132,7 +133,10 @@ def demands(contract: str, a: dict[str, Any], tensors: dict[str, Tensor]) -> dic
             raise ValueError("block_sizes: expected one for each slot mapping and block table")
         groups = range(len(a["slot_mappings"]))
         return (
-            {name: (LONG, [(n,)]) for name in ("input_tokens", "input_positions", *(f"slot_mappings[{g}]" for g in groups))}
+            {
+                name: (LONG, [(n,)])
+                for name in ("input_tokens", "input_positions", *(f"slot_mappings[{g}]" for g in groups))
+            }
             | {name: (INTS, [(n,)]) for name in ("seq_lens", "max_seq_lens", "num_generated")}
             | {f"block_tables[{g}]": (INTS, [(n, None)]) for g in groups}
             | {"sampled_token_ids": (INTS, [(n,), (n, 1)]), "status": (INT, [(n,)])}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -53,7 +55,10 @@ def test_only_row_0_has_the_right_page(contract: str) -> None:
         ("flashinfer", {"narrow-table"}),
         ("eagle", {"past-the-table"}),
         # A step that runs on where it should stop shows wherever a sequence stands at the end of its table.
-        ("until-stop", {"no-page", "groups-one-without-a-page", "first-that-holds", "pad-slot", "more-than-64x132-rows"}),
+        (
+            "until-stop",
+            {"no-page", "groups-one-without-a-page", "first-that-holds", "pad-slot", "more-than-64x132-rows"},
+        ),
     ],
 )
 def test_last_column_instead_of_no_page(contract: str, clause_names: set[str]) -> None:
@@ -155,7 +160,7 @@ def test_a_returned_value_is_seen() -> None:
 def test_an_error_without_a_name_is_seen() -> None:
     found = details(wrong.says_nothing("vllm"), "vllm")
     assert found["errors-name-the-argument"].startswith("the error does not name input_tokens: ValueError: invalid")
-    assert found["narrow-table"].startswith("the error does not name seq_lens or block_tables")
+    assert found["narrow-table"].startswith("the error does not name seq_lens and row 37")
     assert "refuses-shapes" not in found
 
 
@@ -175,3 +180,9 @@ def test_skip() -> None:
         list(check(implementation("vllm"), "vllm", skip=["one-raw"]))
     with pytest.raises(ValueError, match="contract: expected one of npu, vllm"):
         list(check(implementation("vllm"), "vlm"))
+
+
+def test_the_documentation_lists_every_clause() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    listed = page[page.index("## The clauses") : page.index("## Known deviations")]
+    assert set(re.findall(r"^\| `([^`]+)`", listed, re.MULTILINE)) == {n for c in CONTRACTS for n in clauses(c)}

@@ -4,69 +4,79 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from advance_step.conformance import clauses
 
-HERE = Path(__file__).parent
-TARGETS = "import wrong, right\nrow_0 = right.implementation('vllm', wrong.row_0_slot)\nfine = right.implementation('eagle')\n"
+pytest_plugins = ["pytester"]
+
+TARGETS = """
+import right, wrong
+row_0 = right.implementation("vllm", wrong.row_0_slot)
+fine = right.implementation("eagle")
+"""
 
 
-def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (directory / "kernels.py").write_text(f"import sys\nsys.path.append({str(HERE)!r})\n{TARGETS}")
-    plugin = [] if "advance-step" in registered(directory) else ["-p", "_advance_step_pytest"]
-    command = [sys.executable, "-m", "pytest", *plugin, "-v", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
+def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
+    pytester.makepyfile(kernels=TARGETS)
+    pytester.syspathinsert()
+    pytester.syspathinsert(Path(__file__).parent)
+    installed = any(plugin.value == "_advance_step_pytest" for plugin in entry_points(group="pytest11"))
+    return pytester.runpytest_inprocess(*([] if installed else ["-p", "_advance_step_pytest"]), "-v", *arguments)
 
 
-def registered(directory: Path) -> str:
-    """pytest's help, which shows the plugin where the package is installed with its entry point."""
-    command = [sys.executable, "-m", "pytest", "--help"]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True).stdout
-
-
-def test_a_test_per_clause(tmp_path: Path) -> None:
+def test_a_test_per_clause(pytester: pytest.Pytester) -> None:
     arguments = ("--advance-step-target=kernels:fine", "--advance-step-contract=eagle", "--advance-step-skip=no-rows")
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name in clauses("eagle"):
-        outcome = "SKIPPED" if name == "no-rows" else "PASSED"
-        assert f"advance-step/eagle::{name} {outcome}" in done.stdout
-    assert f"{len(clauses('eagle')) - 1} passed, 1 skipped" in done.stdout
+    result = run(pytester, *arguments)
+    result.assert_outcomes(passed=len(clauses("eagle")) - 1, skipped=1)
+    lines = [
+        f"advance-step/eagle::{name} {'SKIPPED (by request)' if name == 'no-rows' else 'PASSED'}*"
+        for name in clauses("eagle")
+    ]
+    result.stdout.fnmatch_lines(lines)
 
 
-def test_a_failure_names_the_deviation_and_the_sentence(tmp_path: Path) -> None:
-    (tmp_path / "test_own.py").write_text("def test_own():\n    pass\n")
-    done = run(
-        tmp_path, "--advance-step-target=kernels:row_0", "--advance-step-contract=vllm", "-k", "own"
+def test_a_failure_names_the_deviation_and_the_sentence(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_theirs="def test_own(): pass\ndef test_other(): pass")
+    result = run(pytester, "--advance-step-target=kernels:row_0", "--advance-step-contract=vllm", "-k", "own")
+    result.assert_outcomes(passed=1, failed=1, deselected=len(clauses("vllm")))
+    result.stdout.fnmatch_lines(
+        [
+            "test_theirs.py::test_own PASSED*",
+            "advance-step/vllm::own-row-of-the-table FAILED*",
+            "slot_mapping?1? is *, expected * (4 of 6 cells wrong)",
+            "  known deviation: only row 0 has the right page",
+            "  the contract says: slot_mapping?i? = block_tables?i, p // block_size? * block_size*",
+        ]
     )
-    assert done.returncode == 1
-    assert "advance-step/vllm::own-row-of-the-table FAILED" in done.stdout
-    assert "test_own.py::test_own PASSED" in done.stdout
-    assert "known deviation: only row 0 has the right page" in done.stdout
-    assert "the contract says: slot_mapping[i] = block_tables[i, p // block_size] * block_size" in done.stdout
-    assert "1 failed, 1 passed" in done.stdout
+
+
+def test_without_the_option_nothing_is_added(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_theirs="def test_own(): pass")
+    run(pytester).assert_outcomes(passed=1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--advance-step-target=kernels:fine"], "--advance-step-target needs --advance-step-contract"),
-        (["--advance-step-target=kernels:fine", "--advance-step-contract=eagel"], "contract: expected one of npu, vllm"),
-        (["--advance-step-target=kernels", "--advance-step-contract=eagle"], "expected package.module:function"),
+        (["--advance-step-target=kernels:fine", "--advance-step-contract=eagel"], "contract: expected one of npu*"),
+        (["--advance-step-target=kernels", "--advance-step-contract=eagle"], "expected package.module:function*"),
         (["--advance-step-target=no_such:f", "--advance-step-contract=eagle"], "No module named 'no_such'"),
+        (["--advance-step-target=kernels:f", "--advance-step-contract=eagle"], "*has no attribute 'f'"),
         (
             ["--advance-step-target=kernels:fine", "--advance-step-contract=eagle", "--advance-step-skip=all"],
-            "got all",
+            "skip: expected clauses of eagle: *; got all",
         ),
     ],
 )
-def test_what_cannot_be_run_is_refused(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 4
-    assert message in done.stderr + done.stdout
+def test_what_cannot_be_run_is_refused(pytester: pytest.Pytester, arguments: list[str], message: str) -> None:
+    result = run(pytester, *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: *{message}"])
 
 
 def test_the_plugin_does_not_import_torch() -> None:

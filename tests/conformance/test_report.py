@@ -49,7 +49,7 @@ def test_a_right_target_gives_status_0(capsys: pytest.CaptureFixture[str]) -> No
 def test_a_wrong_target_gives_status_1_and_the_name_of_its_fault(capsys: pytest.CaptureFixture[str]) -> None:
     assert conformance("wrong:published", "npu") == 1
     out = capsys.readouterr().out
-    assert "more-than-48-rows           FAILS      only row 0 has the right page + rows past N untouched (N=40): " in out
+    assert "more-than-48-rows           FAILS      only row 0 has the right page + rows past N untouched (N=40)" in out
     assert "  known deviation: only row 0 has the right page (page-boundary, " in out
     assert "  known deviation: every Nth pad row cleared (several-pad-rows, padding-lengths-not-judged)" in out
 
@@ -59,7 +59,7 @@ def test_markdown_has_the_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.startswith("| eagle, cpu | wrong:right_eagle | found | the contract says |\n| --- | --- | --- | --- |\n")
     for clause in clauses("eagle").values():
-        assert f"| {clause.name} | holds | | {clause.sentence} |" in out
+        assert f"| {clause.name} | holds |  | {clause.sentence} |" in out
 
 
 def test_json_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +85,7 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (("wrong:right_eagle", None), "contract: expected one of npu, .* got none"),
         (("wrong:right_eagle", "eagel"), "contract: expected one of npu, .* got 'eagel'"),
         (("wrong:right_eagle", "eagle", "cpu", ["no-row"]), "skip: expected clauses of eagle: .* got no-row"),
-        (("wrong:right_eagle", "eagle", "cpu", [], "html"), "format: expected one of table, json, markdown, got 'html'"),
+        (("wrong:right_eagle", "eagle", "cpu", [], "html"), "format: expected one of table, json, .* got 'html'"),
         (("wrong:no_such_function", "eagle"), "wrong:no_such_function was not loaded: AttributeError"),
     ],
 )

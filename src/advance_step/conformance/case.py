@@ -26,7 +26,7 @@ class Contract:
 class Cells:
     """A tensor to be made; `shape` where the lists cannot say it (no rows), `strides` where it is not contiguous."""
 
-    values: list
+    values: list[Any]
     dtype: str = "int64"
     shape: tuple[int, ...] | None = None
     strides: tuple[int, ...] | None = None
@@ -98,8 +98,10 @@ CONTRACTS = {
     ),
     "eagle": Contract(
         "eagle_step_update_slot_mapping_and_metadata",
-        ("positions_1d", "block_table_tensor", "seq_lens", "block_size", "max_model_len")
-        + ("out_clamped_positions", "out_slot_mapping", "input_batch_size"),
+        (
+            *("positions_1d", "block_table_tensor", "seq_lens", "block_size", "max_model_len"),
+            *("out_clamped_positions", "out_slot_mapping", "input_batch_size"),
+        ),
         oracle.eagle_step,
         rows=("out_clamped_positions", "seq_lens", "out_slot_mapping"),
         slots=("out_slot_mapping",),
@@ -107,11 +109,12 @@ CONTRACTS = {
     ),
     "until-stop": Contract(
         "advance_until_stop",
-        (*STEP[:4], "slot_mappings", "block_tables", "block_sizes", "status", "output_tokens", "num_generated")
-        + ("stop_token_ids", "max_seq_lens"),
+        (
+            *(*STEP[:4], "slot_mappings", "block_tables", "block_sizes"),
+            *("status", "output_tokens", "num_generated", "stop_token_ids", "max_seq_lens"),
+        ),
         oracle.until_stop,
-        rows=("input_tokens", "input_positions", "seq_lens", "status", "output_tokens", "num_generated")
-        + ("slot_mappings[0]",),
+        rows=(*STATE[:3], "status", "output_tokens", "num_generated", "slot_mappings[0]"),
         slots=(),
         table="block_tables[0]",
         keyword=("pad_slot",),

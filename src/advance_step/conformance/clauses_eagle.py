@@ -32,7 +32,7 @@ def eagle_case(
     """A call whose rows stand at `positions`; with `pads`, input_batch_size is given and so many rows larger."""
     rows = len(positions)
     last = max([p + 1 for p in positions if p + 1 < max_model_len], default=0)
-    columns = columns or max(2, last // block_size + 1)
+    columns = max(2, last // block_size + 1) if columns is None else columns
     shape, stride = (rows,), (vector_stride,)
     lens = [max(p, 0) + 1 for p in positions] if seq_lens is None else seq_lens
     padded = rows + (pads or 0)
@@ -101,9 +101,9 @@ def eagle_clauses() -> list[Clause]:
     def named(rng: Random) -> list[Case]:
         case = eagle_case(rng, [5, 15, 16, 9])
         return [
-            refuse(case, names=("seq_lens",), seq_lens=resized(case.args["seq_lens"], 2)),
-            refuse(case, names=("out_slot_mapping",), out_slot_mapping=recast(case.args["out_slot_mapping"], "int32")),
-            refuse(case, names=("block_size",), block_size=0),
+            refuse(case, ("seq_lens",), seq_lens=resized(case.args["seq_lens"], 2)),
+            refuse(case, ("out_slot_mapping",), out_slot_mapping=recast(case.args["out_slot_mapping"], "int32")),
+            refuse(case, ("block_size",), block_size=0),
         ]
 
     def elsewhere(rng: Random) -> list[Case]:
@@ -153,8 +153,10 @@ def eagle_clauses() -> list[Clause]:
         Clause(
             "block-sizes",
             "block_size > 0",
-            lambda rng: [eagle_case(rng, [0, size - 1, size], block_size=size) for size in (1, 3, 128)]
-            + [eagle_case(rng, [0, 5, INT32_MAX - 2], block_size=2**31, max_model_len=INT32_MAX)],
+            lambda rng: (
+                [eagle_case(rng, [0, size - 1, size], block_size=size) for size in (1, 3, 128)]
+                + [eagle_case(rng, [0, 5, INT32_MAX - 2], block_size=2**31, max_model_len=INT32_MAX)]
+            ),
         ),
         Clause(
             "negative-position",
@@ -164,7 +166,9 @@ def eagle_clauses() -> list[Clause]:
         Clause(
             "position-at-its-end",
             EXCEEDS,
-            lambda rng: [eagle_case(rng, [5, INT64_MAX, INT64_MAX - 1, INT32_MAX, 2**32 + 3], seq_lens=[6, 7, 8, 9, 10])],
+            lambda rng: [
+                eagle_case(rng, [5, INT64_MAX, INT64_MAX - 1, INT32_MAX, 2**32 + 3], seq_lens=[6, 7, 8, 9, 10])
+            ],
         ),
         Clause(
             "model-length-past-32-bits",

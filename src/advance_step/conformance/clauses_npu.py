@@ -39,7 +39,7 @@ def spec_case(
     """A speculative call whose rows stand at `positions`; by default `accepted` says which sampled tokens are -1."""
     rows, width = len(positions), len(positions[0])
     furthest = max(max(row) + 1 + more for row, more in zip(positions, accepted, strict=True))
-    columns = columns or max(2, furthest // block_size + 1)
+    columns = max(2, furthest // block_size + 1) if columns is None else columns
     if sampled is None:
         sampled = [[rng.randrange(1, 9999) if j <= more else -1 for j in range(width)] for more in accepted]
 
@@ -154,7 +154,9 @@ def npu_clauses() -> list[Clause]:
             lambda rng: [spec_case(rng, [[13, 14, 15], [14, 15, 16], [30, 31, 32], [0, 1, 2]], [0, 1, 2, 2])],
         ),
         Clause("spec-more-than-48-rows", SLOT, lambda rng: [spec(rng, 53, 4), spec(rng, 2113, 4, flat=True)]),
-        Clause("spec-narrow-table", f"a position past the table. {DATA}", lambda rng: [past(rng, False), past(rng, True)]),
+        Clause(
+            "spec-narrow-table", f"a position past the table. {DATA}", lambda rng: [past(rng, False), past(rng, True)]
+        ),
         Clause("spec-negative-page", 'a negative page id is "no page": slot -1, on every device', negative),
         Clause(
             "spec-slot-past-32-bits",

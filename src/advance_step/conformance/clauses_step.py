@@ -77,8 +77,8 @@ def lengths(rng: Random, rows: int, most: int = 4 * BLOCK_SIZE) -> list[int]:
     return [rng.randrange(most) for _ in range(rows)]
 
 
-def refuse(case: Case, *, names: tuple[str, ...] = (), **changed: Any) -> Case:
-    """`case` with arguments in which the host must see a fault."""
+def refuse(case: Case, names: tuple[str, ...] = (), /, **changed: Any) -> Case:
+    """`case` with arguments in which the host must see a fault, and name one of `names`."""
     return replace(case, args=case.args | changed, refused=True, names=names)
 
 
@@ -104,11 +104,11 @@ def step_clauses(contract: str) -> list[Clause]:
 
     def shared(rng: Random) -> list[Case]:
         case = step(rng, [3, 7, 12, 5, 6, 7])
-        row = {"shape": (7,)}
+        row = (7,)
         return [
-            refuse(case, input_positions=View("input_tokens", **row)),
-            refuse(case, slot_mapping=View("input_positions", **row)),
-            refuse(case, slot_mapping=View("input_positions", start=3, **row)),
+            refuse(case, input_positions=View("input_tokens", row)),
+            refuse(case, slot_mapping=View("input_positions", row)),
+            refuse(case, slot_mapping=View("input_positions", row, start=3)),
             refuse(case, sampled_token_ids=View("slot_mapping", (6, 1))),
             refuse(case, sampled_token_ids=View("input_tokens", (6, 1), start=1)),
             refuse(case, block_tables=View("slot_mapping", (7, 1)) if npu else View("seq_lens", (7, 1))),
@@ -146,10 +146,10 @@ def step_clauses(contract: str) -> list[Clause]:
         case = step(rng, [3, 17, 20])
         tokens, table = case.args["input_tokens"], case.args["block_tables"]
         return [
-            refuse(case, names=("input_tokens",), input_tokens=resized(tokens, 3)),
-            refuse(case, names=("slot_mapping",), slot_mapping=recast(case.args["slot_mapping"], "float64")),
-            refuse(case, names=("block_tables",), block_tables=resized(table, 3)),
-            refuse(case, names=("block_size",), block_size=0),
+            refuse(case, ("input_tokens",), input_tokens=resized(tokens, 3)),
+            refuse(case, ("slot_mapping",), slot_mapping=recast(case.args["slot_mapping"], "float64")),
+            refuse(case, ("block_tables",), block_tables=resized(table, 3)),
+            refuse(case, ("block_size",), block_size=0),
         ]
 
     def in_place(rng: Random) -> list[Case]:
@@ -178,7 +178,9 @@ def step_clauses(contract: str) -> list[Clause]:
             lambda rng: [step(rng, [p]) for p in (0, 7)],
         ),
         Clause("page-boundary", SLOT, lambda rng: [step(rng, [15, 16, 17, 31, 32, 33, 0])]),
-        Clause("table-just-wide-enough", "W > max(seq_lens) // block_size", lambda rng: [step(rng, [63, 62], columns=4)]),
+        Clause(
+            "table-just-wide-enough", "W > max(seq_lens) // block_size", lambda rng: [step(rng, [63, 62], columns=4)]
+        ),
         Clause("own-row-of-the-table", SLOT, lambda rng: [step(rng, [5, 17, 20, 1, 30])]),
         Clause("more-than-48-rows", SLOT, lambda rng: [step(rng, lengths(rng, 53))]),
         Clause("more-than-64x132-rows", SLOT, lambda rng: [step(rng, lengths(rng, 8451, 32))]),
@@ -196,8 +198,10 @@ def step_clauses(contract: str) -> list[Clause]:
         Clause(
             "block-sizes",
             "block_size > 0",
-            lambda rng: [step(rng, [0, size, size + 1], block_size=size) for size in (1, 3, 128)]
-            + [step(rng, [0, 5, INT32_MAX - 1], block_size=2**31, columns=2)],
+            lambda rng: (
+                [step(rng, [0, size, size + 1], block_size=size) for size in (1, 3, 128)]
+                + [step(rng, [0, 5, INT32_MAX - 1], block_size=2**31, columns=2)]
+            ),
         ),
         Clause("narrow-table", f"a position past the table. {DATA}", lambda rng: [narrow(rng, 32), narrow(rng, 2**30)]),
         Clause("negative-length", f"a negative length. {DATA}", lambda rng: [narrow(rng, -1), narrow(rng, -(2**31))]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -90,6 +91,9 @@ def until_stop_clauses() -> list[Clause]:
         pages[3][0] = -7
         return [stop_case(rng, [5, 20, 0, 15], pages=[pages], groups=((BLOCK_SIZE, 2),))]
 
+    def mixed(name: str, dtype: str, rng: Random) -> list[Case]:
+        return [stop_case(rng, [5, 17, 40, 20], tokens=[9, 2, 9, 9], ints={name: dtype})]
+
     def in_place(rng: Random) -> list[Case]:
         case = stop_case(rng, [5, 17, 20])
         return [replace(case, args=case.args | {"sampled_token_ids": View("input_tokens", (3,))})]
@@ -133,7 +137,7 @@ def until_stop_clauses() -> list[Clause]:
     def named(rng: Random) -> list[Case]:
         case = stop_case(rng, [5, 17, 20])
         names = ("status", "output_tokens", "num_generated", "max_seq_lens")
-        return [refuse(case, names=(n,), **{n: resized(case.args[n], 2)}) for n in names]
+        return [refuse(case, (n,), **{n: resized(case.args[n], 2)}) for n in names]
 
     def elsewhere(rng: Random) -> list[Case]:
         case = stop_case(rng, [5, 17, 20])
@@ -194,7 +198,9 @@ def until_stop_clauses() -> list[Clause]:
         Clause(
             "groups",
             GROUPS,
-            lambda rng: [stop_case(rng, [5, 17, 31, 32], groups=groups) for groups in (((16, 4), (32, 2)), ((1, 40),) * 3)],
+            lambda rng: [
+                stop_case(rng, [5, 17, 31, 32], groups=groups) for groups in (((16, 4), (32, 2)), ((1, 40),) * 3)
+            ],
         ),
         Clause(
             "groups-one-without-a-page",
@@ -218,7 +224,7 @@ def until_stop_clauses() -> list[Clause]:
             "block-sizes",
             "block_size > 0",
             lambda rng: [
-                stop_case(rng, [0, size - 1, size], groups=((size, 2),), most=[INT32_MAX] * 3, ints={"seq_lens": "int64"})
+                stop_case(rng, [0, size - 1, size], groups=((size, 2),), most=[INT32_MAX] * 3)
                 for size in (1, 3, 128, 2**30)
             ],
         ),
@@ -229,9 +235,7 @@ def until_stop_clauses() -> list[Clause]:
         ),
         Clause("sampled-in-place", "sampled_token_ids may be the memory of input_tokens", in_place),
         *(
-            Clause(f"{dtype}-{name.replace('_', '-')}", DTYPES, lambda rng, n=name, d=dtype: [
-                stop_case(rng, [5, 17, 40, 20], tokens=[9, 2, 9, 9], ints={n: d})
-            ])
+            Clause(f"{dtype}-{name.replace('_', '-')}", DTYPES, partial(mixed, name, dtype))
             for name, dtype in (
                 ("seq_lens", "int64"),
                 ("block_tables", "int64"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 from advance_step.conformance.case import METADATA, Case, Cells, Clause, View
 from advance_step.conformance.clauses_step import (
@@ -26,7 +27,7 @@ INDICES = "indices[indptr[i] : indptr[i + 1]] = block_tables[i, : bound[i]]"
 
 
 def vllm_clauses(contract: str = "vllm") -> list[Clause]:
-    def mixed(rng: Random, **dtypes: str) -> Case:
+    def mixed(rng: Random, **dtypes: Any) -> Case:
         return step_case(contract, rng, [5, 17, 33, 15], **dtypes)
 
     def full_length(rng: Random) -> list[Case]:
@@ -92,7 +93,7 @@ def flashinfer_clauses() -> list[Clause]:
 
     def named(rng: Random) -> list[Case]:
         case = step(rng, [5, 40, 17])
-        return [refuse(case, names=(n,), **{n: recast(case.args[n], "int64")}) for n in METADATA]
+        return [refuse(case, (n,), **{n: recast(case.args[n], "int64")}) for n in METADATA]
 
     return [
         *vllm_clauses("flashinfer"),

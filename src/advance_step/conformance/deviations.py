@@ -1,14 +1,17 @@
-"""The faults of published kernels, each as the rule that it follows; a failure is named by the rule that explains it."""
+"""The faults of published kernels, each as the rule that it follows, and the rule that explains a failure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
 from advance_step.conformance.case import CONTRACTS, Case, gather
 from advance_step.conformance.judge import Fault
 from advance_step.conformance.oracle import PAD_SLOT, Slot
+
+Page = Callable[[list[list[int]], int, int], int]  # (table, row, column) -> page id
 
 ROW_0 = "only row 0 has the right page"
 ROWS_PAST_N = "rows past N untouched"
@@ -30,14 +33,16 @@ def explain(case: Case, fault: Fault) -> str | None:
     pads = [("", 1), *_cleared(case.contract, fault, live, rows)]
     for (slot_names, slot), cut, pad in sorted(product(_slots(fault.table_stride), cuts, pads), key=_count):
         outcome = contract.rule(gather(fault.before), fault.int32, slot)
-        names = [NO_ERROR] * (outcome.error is not None) + [name for name in (*slot_names, cut[0], pad[0]) if name]
+        names = [NO_ERROR] * bool(outcome.errors) + [name for name in (*slot_names, cut[0], pad[0]) if name]
         for argument in contract.rows:
             before, written = fault.before[argument], outcome.written[argument]
             written[cut[1] * width : live * width] = before[cut[1] * width : live * width]
             if argument in contract.slots:
                 for row in range(live, rows):
                     written[row] = before[row] if (row - live) % pad[1] else written[row]
-        without_effect = not right.error and all(outcome.written[name] == right.written[name] for name in contract.rows)
+        without_effect = not right.errors and all(
+            outcome.written[name] == right.written[name] for name in contract.rows
+        )
         if without_effect or not names:
             continue
         if all(_same(outcome.written[name], fault.after[name]) for name in contract.rows):
@@ -45,36 +50,42 @@ def explain(case: Case, fault: Fault) -> str | None:
     return None
 
 
-def _count(combination: tuple) -> int:
+def _count(combination: tuple[tuple[list[str], Slot], tuple[str, int], tuple[str, int]]) -> int:
     (slot_names, _), cut, pad = combination
     return len(slot_names) + bool(cut[0]) + bool(pad[0])
 
 
 def _slots(stride: int) -> Iterator[tuple[list[str], Slot]]:
     """Every way to come from a position to a slot that a published kernel has, alone and with the others."""
-    pages = [
+    pages: list[tuple[str, Page]] = [
         ("", lambda table, row, column: table[row][column]),
         (ROW_0, lambda table, row, column: table[0][column]),
         (ROW_0, lambda table, row, column: table[0][column] + stride * row),
     ]
-    widths = [
+    widths: list[tuple[str, Callable[[int], int]]] = [
         ("", lambda slot: slot),
         (SLOT_32, lambda slot: (slot + 2**31) % 2**32 - 2**31),
         (SLOT_32, lambda slot: slot % 2**32),
     ]
     for (a, page_of), b, c, (d, wrap) in product(pages, ("", LAST_COLUMN), ("", NEGATIVE_PAGE), widths):
+        yield [name for name in (a, b, c, d) if name], partial(_slot, page_of, bool(b), bool(c), wrap)
 
-        def slot(
-            table: list, row: int, position: int, size: int, page_of=page_of, last=b, negative=c, wrap=wrap
-        ) -> int | None:
-            column = position // size
-            column = min(column, len(table[row]) - 1) if last else column
-            if not 0 <= column < len(table[row]):
-                return None
-            page = page_of(table, row, column)
-            return wrap(page * size + position % size) if page >= 0 or negative else PAD_SLOT
 
-        yield [name for name in (a, b, c, d) if name], slot
+def _slot(
+    page_of: Page,
+    clamps: bool,
+    negative: bool,
+    wrap: Callable[[int], int],
+    table: list[list[int]],
+    row: int,
+    position: int,
+    block_size: int,
+) -> int | None:
+    column = min(position // block_size, len(table[row]) - 1) if clamps else position // block_size
+    if not 0 <= column < len(table[row]):
+        return None
+    page = page_of(table, row, column)
+    return wrap(page * block_size + position % block_size) if page >= 0 or negative else PAD_SLOT
 
 
 def _rows(contract: str, before: dict[str, Any]) -> tuple[int, int, int]:

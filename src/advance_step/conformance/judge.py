@@ -1,10 +1,10 @@
-"""Calls a target once, with every tensor a view into a larger buffer of sentinels, and says what is wrong afterwards."""
+"""Calls a target once, every tensor a view into a larger buffer of sentinels, and says what is wrong afterwards."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ def judge(case: Case, target: Callable[..., object], device: str) -> Fault | Non
     before = {name: places[name].of(buffers).tolist() if name in places else case.args[name] for name in case.args}
     int32 = frozenset(name for name, place in places.items() if buffers[place.owner].dtype == torch.int32)
     outcome = Outcome({}) if case.refused else contract.rule(gather(before), int32)
-    must_raise = case.refused or (outcome.error is not None and checks_data(device))
+    must_raise = case.refused or (bool(outcome.errors) and checks_data(device))
     expected = {} if must_raise else outcome.written
 
     held = {name: buffer.to(case.args[name].device or device, copy=True) for name, buffer in buffers.items()}
@@ -74,9 +74,13 @@ def judge(case: Case, target: Callable[..., object], device: str) -> Fault | Non
             return Fault(f"raised {brief(error)}")
         if wrong:
             return Fault(f"raised, but had written: {wrong}; the error: {brief(error)}")
-        return unnamed(error, (outcome.error, contract.table) if outcome.error else case.names, outcome.row)
+        return unnamed(error, contract.table, outcome.errors or dict.fromkeys(case.names))
     if must_raise:
-        why = "a call that must be refused" if case.refused else f"data in {outcome.error} that must be refused"
+        why = (
+            "a call that must be refused"
+            if case.refused
+            else f"data in {' and '.join(outcome.errors)} that must be refused"
+        )
         wrong = f"no error for {why}; " + (wrong or "nothing was written")
     elif wrong is None:
         return None if returned is None else Fault(f"returned {type(returned).__name__}, expected None")
@@ -119,7 +123,10 @@ def fetch(held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_difference(
-    places: dict[str, Place], buffers: dict[str, Tensor], after: dict[str, Tensor], expected: dict[str, list | None]
+    places: dict[str, Place],
+    buffers: dict[str, Tensor],
+    after: dict[str, Tensor],
+    expected: Mapping[str, list[Any] | None],
 ) -> str | None:
     """The first cell of `after` that is neither as before the call nor, inside a written tensor, as `expected`.
 
@@ -135,7 +142,8 @@ def first_difference(
         flat = values if len(place.shape) == 1 else [cell for row in values for cell in row]
         # A value that the tensor's dtype cannot hold is not the contract's to ask for, so its cell is open too.
         is_open = [value is None or not info.min <= value <= info.max for value in flat]
-        cells = torch.tensor([0 if o else v for o, v in zip(is_open, flat, strict=True)], dtype=wanted[place.owner].dtype)
+        closed = [0 if o else v for o, v in zip(is_open, flat, strict=True)]
+        cells = torch.tensor(closed, dtype=wanted[place.owner].dtype)
         mask = torch.tensor(is_open, dtype=torch.bool).reshape(place.shape)
         place.of(wanted).copy_(torch.where(mask, place.of(after), cells.reshape(place.shape)))
     for owner, buffer in wanted.items():
@@ -156,14 +164,20 @@ def first_difference(
     return None
 
 
-def unnamed(error: Exception, names: tuple[str, ...], row: int | None) -> Fault | None:
-    """The fault of an error that names none of `names`, or not the row."""
+def unnamed(error: Exception, table: str, faults: Mapping[str, int | None]) -> Fault | None:
+    """The fault of an error that names none of the arguments in `faults`, or for none of those the right row.
+
+    A position without a place may as well be said to be the table's fault.
+    """
     message = str(error)
-    if names and not any(name in message for name in names):
-        return Fault(f"the error does not name {' or '.join(names)}: {brief(error)}")
-    if row is not None and not re.search(rf"\b{row}\b", message):
-        return Fault(f"the error does not name row {row}: {brief(error)}")
-    return None
+    if not faults or any(
+        (name in message or (row is not None and table in message))
+        and (row is None or re.search(rf"\b{row}\b", message) is not None)
+        for name, row in faults.items()
+    ):
+        return None
+    expected = " or ".join(name if row is None else f"{name} and row {row}" for name, row in faults.items())
+    return Fault(f"the error does not name {expected}: {brief(error)}")
 
 
 def brief(error: Exception) -> str:

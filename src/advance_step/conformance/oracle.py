@@ -5,7 +5,7 @@ that hold 32-bit cells. `slot` says how a table is read; `deviations` puts a kno
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PAD_SLOT = -1
@@ -20,14 +20,13 @@ Slot = Callable[[list[list[int]], int, int, int], int | None]
 
 @dataclass
 class Outcome:
-    """What the written arguments hold after the call, and the argument and the first row whose data is at fault, if any.
+    """What the written arguments hold after the call, and the arguments whose data is at fault, with its first row.
 
-    With an `error`, the CPU must raise and write nothing, and `written` is what an accelerator leaves.
+    With `errors`, the CPU must raise for one of them and write nothing, and `written` is what an accelerator leaves.
     """
 
-    written: dict[str, list]
-    error: str | None = None
-    row: int | None = None
+    written: dict[str, list[Any]]
+    errors: dict[str, int | None] = field(default_factory=dict)
 
 
 def slot(table: list[list[int]], row: int, position: int, block_size: int) -> int | None:
@@ -44,7 +43,7 @@ def limit(name: str, int32: frozenset[str]) -> int:
     return INT32_MAX if name in int32 else INT64_MAX
 
 
-def column(values: list) -> list[int]:
+def column(values: list[Any]) -> list[int]:
     """[n] or [n, 1] as [n]."""
     return [cell[0] if isinstance(cell, list) else cell for cell in values]
 
@@ -55,7 +54,7 @@ def step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -
     tokens, positions = list(args["input_tokens"]), list(args["input_positions"])
     lengths, slots = list(args["seq_lens"]), list(args["slot_mapping"])
     sampled = column(args["sampled_token_ids"])
-    bad = None
+    errors: dict[str, int | None] = {}
     for i in range(args["num_seqs"]):
         if i >= live:
             tokens[i], positions[i], slots[i] = 0, 0, PAD_SLOT
@@ -63,13 +62,13 @@ def step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -
         position = lengths[i]
         place = slot(args["block_tables"], i, position, block_size)
         if place is None or position + 1 > limit("seq_lens", int32):
-            bad = i if bad is None else bad
+            errors.setdefault("seq_lens", i)
             tokens[i] = positions[i] = lengths[i] = ANY
             slots[i] = PAD_SLOT
         else:
             tokens[i], positions[i], lengths[i], slots[i] = sampled[i], position, position + 1, place
     written = {"input_tokens": tokens, "input_positions": positions, "seq_lens": lengths, "slot_mapping": slots}
-    return Outcome(written, None if bad is None else "seq_lens", bad)
+    return Outcome(written, errors)
 
 
 def npu_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
@@ -89,23 +88,23 @@ def speculative_step(args: Values, slot: Slot = slot) -> Outcome:
         for name in names
     }
     tokens, positions, lengths, slots = (rows[name] for name in names)
-    bad: list[tuple[str, int]] = []
+    errors: dict[str, int | None] = {}
     for i in range(args["num_seqs"]):
         sampled = args["sampled_token_ids"][i]
         accepted = sampled[: sampled.index(-1)] if -1 in sampled else sampled
         if not accepted:
-            bad.append(("sampled_token_ids", i))
+            errors.setdefault("sampled_token_ids", i)
         moved = [position + 1 + args["accepted_num"][i] for position in positions[i]]
         places = [slot(args["block_tables"], i, position, args["block_size"]) for position in moved]
         if None in places:
-            bad.append(("input_positions", i))
+            errors.setdefault("input_positions", i)
             tokens[i], positions[i], lengths[i] = [ANY] * width, [ANY] * width, [ANY] * width
             slots[i] = [PAD_SLOT if place is None else ANY for place in places]
         else:
             tokens[i] = [accepted[-1] if accepted else tokens[i][0], *args["spec_token"][i]]
             positions[i], lengths[i], slots[i] = moved, [position + 1 for position in moved], places
     written = {name: [cell for row in rows[name] for cell in row] if flat[name] else rows[name] for name in names}
-    return Outcome(written, *(bad[0] if bad else ()))
+    return Outcome(written, errors)
 
 
 def flashinfer_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
@@ -113,7 +112,7 @@ def flashinfer_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slo
     outcome = step(args, int32, slot)
     live, block_size = args["num_queries"], args["block_size"]
     names = ("paged_kv_indices", "paged_kv_indptr", "paged_kv_last_page_len", "block_table_bound")
-    if outcome.error:
+    if outcome.errors:
         outcome.written |= {name: [ANY] * len(args[name]) for name in names}
         return outcome
     indices, indptr, last_page_len, bound = (list(args[name]) for name in names)
@@ -124,11 +123,14 @@ def flashinfer_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slo
             position = args["seq_lens"][i]
             bound[i] = -(-(position + 1) // block_size)
             last_page_len[i] = position % block_size + 1
-            pages += args["block_tables"][i][: bound[i]]
+            used = args["block_tables"][i][: bound[i]]
+            pages += used
+            if any(not -INT32_MAX - 1 <= page <= INT32_MAX for page in used):
+                outcome.errors.setdefault("block_tables", i)
         indptr[i + 1] = len(pages)
     if len(pages) > len(indices):
         written = {name: [ANY] * len(args[name]) for name in (*outcome.written, *names)}
-        return Outcome(written, "paged_kv_indices")
+        return Outcome(written, outcome.errors | {"paged_kv_indices": None})
     indices[: len(pages)] = pages
     outcome.written |= dict(zip(names, (indices, indptr, last_page_len, bound), strict=True))
     return outcome
@@ -159,7 +161,7 @@ def until_stop(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = s
     output = [list(row) for row in args["output_tokens"]]
     slots = [list(group) for group in args["slot_mappings"]]
     pad_slot = args.get("pad_slot", PAD_SLOT)
-    bad = None
+    errors: dict[str, int | None] = {}
     for i, token in enumerate(column(args["sampled_token_ids"])):
         places = [pad_slot] * len(slots)
         if status[i] == RUNNING:
@@ -171,7 +173,7 @@ def until_stop(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = s
             room = 0 <= generated[i] < len(output[i])
             record = room
             if generated[i] < 0:
-                bad = i if bad is None else bad
+                errors.setdefault("num_generated", i)
             if not room:
                 status[i] = LENGTH
             elif token in args["stop_token_ids"]:
@@ -189,4 +191,4 @@ def until_stop(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = s
             group[i] = place
     written = dict(zip(names, (tokens, positions, lengths, status, generated), strict=True))
     written |= {"output_tokens": output} | {f"slot_mappings[{g}]": group for g, group in enumerate(slots)}
-    return Outcome(written, None if bad is None else "num_generated", bad)
+    return Outcome(written, errors)

@@ -60,31 +60,31 @@ def _columns(target: str | None, device: str) -> dict[str, dict[str, str]]:
 def table(columns: dict[str, list[Result]], missing: dict[str, str], device: str) -> str:
     """Plain text, a line a clause: with one target what was found, with several executors a column each."""
     width = max(len(result.clause) for results in columns.values() for result in results)
-    lines = []
+    lines, contract = [], ""
     for rows in zip(*columns.values(), strict=True):
-        if not lines or rows[0].contract != contract:
+        if rows[0].contract != contract:
             contract = rows[0].contract
-            heading = "".join(f"{name:<11}" for name in columns) if len(columns) > 1 else next(iter(columns))
-            lines += ["", f"{contract + ', ' + device:<{width}}  {heading}"]
+            heading = "".join(f"{name:<11}" for name in columns)
+            lines += ["", f"{f'{contract}, {device}':<{width}}  {heading}".rstrip()]
         cells = "".join(f"{result.outcome:<11}" for result in rows)
         lines.append(f"{rows[0].clause:<{width}}  {cells}{_finding(rows[0]) if len(columns) == 1 else ''}".rstrip())
-    if len(columns) > 1:
-        lines += ["", *_findings(columns)]
-    return "\n".join([*lines[1:], "", *_summary(columns, missing)])
+    findings = ["", *_findings(columns)] if len(columns) > 1 else []
+    return "\n".join([*lines[1:], *findings, "", *_summary(columns, missing)])
 
 
 def markdown(columns: dict[str, list[Result]], missing: dict[str, str], device: str) -> str:
     """A table for an issue or a page of documentation, the sentences of the contract beside their clauses."""
-    lines = []
+    lines, contract = [], ""
+    one = len(columns) == 1
     for rows in zip(*columns.values(), strict=True):
-        if not lines or rows[0].contract != contract:
+        if rows[0].contract != contract:
             contract = rows[0].contract
-            heading = [f"{contract}, {device}", *columns, *(["found"] if len(columns) == 1 else []), "the contract says"]
+            heading = [f"{contract}, {device}", *columns, *(["found"] if one else []), "the contract says"]
             lines += ["", f"| {' | '.join(heading)} |", "|" + " --- |" * len(heading)]
-        found = [r.outcome for r in rows] + ([_finding(rows[0])] if len(columns) == 1 else [])
-        lines.append(f"| {' | '.join([rows[0].clause, *found, rows[0].sentence]).replace(' |  | ', ' | | ')} |")
-    findings = [f"- {line}" for line in _findings(columns)] if len(columns) > 1 else []
-    return "\n".join([*lines[1:], "", *findings, *([""] if findings else []), *_summary(columns, missing)])
+        cells = [rows[0].clause, *(r.outcome for r in rows), *([_finding(rows[0])] if one else []), rows[0].sentence]
+        lines.append(f"| {' | '.join(cells)} |")
+    findings = [] if one else ["", *(f"- {line}" for line in _findings(columns))]
+    return "\n".join([*lines[1:], *findings, "", *_summary(columns, missing)])
 
 
 def as_json(columns: dict[str, list[Result]], missing: dict[str, str], device: str) -> str:
@@ -109,7 +109,8 @@ def _summary(columns: dict[str, list[Result]], missing: dict[str, str]) -> list[
     lines = []
     for name, results in columns.items():
         counts = {outcome: sum(result.outcome == outcome for result in results) for outcome in (HOLDS, FAILS, SKIPPED)}
-        lines.append(f"{name}: {len(results)} clauses, {counts[HOLDS]} hold, {counts[FAILS]} fail, {counts[SKIPPED]} skipped")
+        hold, fail, skip = counts.values()
+        lines.append(f"{name}: {len(results)} clauses, {hold} hold, {fail} fail, {skip} skipped")
         named: dict[str, list[str]] = {}
         for result in results:
             for deviation in (result.deviation or "").split(" + ") if result.deviation else []:

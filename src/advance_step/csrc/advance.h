@@ -12,26 +12,20 @@ namespace advance_step {
 template <class Len, class Page, class Token, class Stride>
 struct PlainStep {
   int64_t num_seqs, num_queries;
-  BlockSize block_size;
   Vector<int64_t, Stride> input_tokens;
   Vector<const Token, Stride> sampled_token_ids;
   Vector<int64_t, Stride> input_positions;
   Vector<Len, Stride> seq_lens;
   Vector<int64_t, Stride> slot_mapping;
-  Matrix<const Page, Stride> block_tables;
+  BlockTable<Matrix<const Page, Stride>> block_tables;  // limited to lengths that can grow: length + 1 fits Len
 
-  // The lengths that can be advanced are [0, length_limit()): their position has a page, and length + 1 fits.
-  int64_t length_limit() const {
-    const int64_t most = largest<Len>(), limit = position_limit(block_tables, block_size);
-    return limit < most ? limit : most;
-  }
   ADVANCE_STEP_FN void row(int64_t i) const {
     if (i < num_queries) {
       const Len length = seq_lens[i];
       input_tokens[i] = sampled_token_ids[i];
       input_positions[i] = length;
       seq_lens[i] = static_cast<Len>(wrapping_add(length, 1));
-      slot_mapping[i] = length == largest<Len>() ? kPadSlot : slot_of(block_tables, i, length, block_size);
+      slot_mapping[i] = block_tables.slot(i, length);
     } else {
       input_tokens[i] = 0;
       input_positions[i] = 0;
@@ -42,12 +36,12 @@ struct PlainStep {
 
 // npu_advance_step_flashattn (speculative mode): T = 1 + S entries a row.
 struct SpeculativeStep {
-  int64_t num_seqs, columns;  // T
-  BlockSize block_size;
+  int64_t columns;  // T
   Matrix<int64_t> input_tokens;
   Matrix<const int64_t> sampled_token_ids;
   Matrix<int64_t> input_positions, seq_lens, slot_mapping;
-  Matrix<const int64_t> block_tables, spec_token;
+  BlockTable<Matrix<const int64_t>> block_tables;
+  Matrix<const int64_t> spec_token;
   Vector<const int64_t> accepted_num;
 
   // Whether row i has a token to go on with and a page for each of its next positions.
@@ -57,13 +51,12 @@ struct SpeculativeStep {
       // Before the last + 1, which therefore cannot overflow.
       const int64_t before = input_positions(i, j), moved = wrapping_add(before, accepted_num[i]);
       const bool overflowed = ((before ^ moved) & (accepted_num[i] ^ moved)) < 0;
-      if (overflowed || moved < -1 || moved >= position_limit(block_tables, block_size) - 1) return false;
+      if (overflowed || moved < -1 || moved >= block_tables.limit - 1) return false;
     }
     return true;
   }
-  ADVANCE_STEP_FN void row(int64_t i) const {
-    for (int64_t j = 0; j < columns; ++j) entry(i, j);
-  }
+  // A "row" of the executors is one of the num_seqs * T entries: no entry reads what another writes.
+  ADVANCE_STEP_FN void row(int64_t k) const { entry(k / columns, k % columns); }
   ADVANCE_STEP_FN void entry(int64_t i, int64_t j) const {
     if (j > 0) {
       input_tokens(i, j) = spec_token(i, j - 1);
@@ -75,41 +68,45 @@ struct SpeculativeStep {
     const int64_t position = wrapping_add(input_positions(i, j), wrapping_add(accepted_num[i], 1));
     input_positions(i, j) = position;
     seq_lens(i, j) = wrapping_add(position, 1);
-    slot_mapping(i, j) = slot_of(block_tables, i, position, block_size);
+    slot_mapping(i, j) = block_tables.slot(i, position);
   }
 };
 
 // advance_step_flashinfer: the page metadata, from the positions that PlainStep has just written.
 template <class Page>
 struct FlashInferPages {
-  int64_t num_seqs, num_queries;
-  BlockSize block_size;
+  int64_t num_queries;
   Matrix<const Page> block_tables;
+  BlockSize block_size;
   Vector<int32_t> indices;
   int64_t num_indices;
   Vector<int32_t> indptr, last_page_len, bound;
 
   // How many pages of its table a sequence uses whose last token is at `position`.
-  ADVANCE_STEP_FN int64_t pages(int64_t position) const {
+  ADVANCE_STEP_FN int64_t count(int64_t position) const {
     if (position < 0) return 0;
     const int64_t column = block_size.column(position);
     return column < block_tables.columns ? column + 1 : block_tables.columns;
   }
-  // FlashInfer's page ids are 32-bit.
-  bool fits(int64_t i, int64_t count) const {
-    for (int64_t j = 0; j < count; ++j) {
+  // Whether the ids of a row's first pages fit the 32 bits that FlashInfer reads.
+  bool fits(int64_t i, int64_t pages) const {
+    for (int64_t j = 0; j < pages; ++j) {
       if (block_tables(i, j) != static_cast<int32_t>(block_tables(i, j))) return false;
     }
     return true;
   }
-  ADVANCE_STEP_FN void row(int64_t i, int64_t position, int64_t count, int64_t end) const {
-    bound[i] = static_cast<int32_t>(count);
-    last_page_len[i] = static_cast<int32_t>(block_size.offset(position) + 1);
+  // `end`: the pages of all rows up to this one.
+  ADVANCE_STEP_FN void row(int64_t i, int64_t position, int64_t end) const {
     indptr[i + 1] = static_cast<int32_t>(end);
+    if (i < num_queries) {
+      bound[i] = static_cast<int32_t>(count(position));
+      last_page_len[i] = static_cast<int32_t>(block_size.offset(position) + 1);
+    }
   }
-  // Entry j of row i's pages, which begin at `begin`.
-  ADVANCE_STEP_FN void index(int64_t i, int64_t begin, int64_t j) const {
-    if (begin + j < num_indices) indices[begin + j] = static_cast<int32_t>(block_tables(i, j));
+  // Page j of row i, once every row has its indptr.
+  ADVANCE_STEP_FN void index(int64_t i, int64_t j) const {
+    const int64_t at = indptr[i] + j;
+    if (at >= 0 && at < num_indices) indices[at] = static_cast<int32_t>(block_tables(i, j));
   }
 };
 
@@ -117,9 +114,8 @@ struct FlashInferPages {
 template <class Position, class Len, class Page>
 struct EagleStep {
   int64_t batch_size, max_model_len;
-  BlockSize block_size;
   Vector<const Position> positions;
-  Matrix<const Page> block_table;
+  BlockTable<Matrix<const Page>> block_table;
   Vector<Len> seq_lens;
   Vector<Position> out_clamped_positions;
   Vector<int64_t> out_slot_mapping;
@@ -134,7 +130,7 @@ struct EagleStep {
     } else {
       const Position position = positions[i] + 1;
       out_clamped_positions[i] = position;
-      out_slot_mapping[i] = slot_of(block_table, i, position, block_size);
+      out_slot_mapping[i] = block_table.slot(i, position);
       const int64_t longest = max_model_len < largest<Len>() ? max_model_len : largest<Len>();
       seq_lens[i] = static_cast<Len>(seq_lens[i] < longest ? seq_lens[i] + 1 : longest);
     }
@@ -145,8 +141,7 @@ enum RowStatus : int32_t { kRunning, kStopped, kLength, kNoPage, kPadding };
 
 struct KVGroup {
   Vector<int64_t> slot_mapping;
-  IntMatrix block_table;
-  BlockSize block_size;
+  BlockTable<IntMatrix> block_table;
 };
 
 constexpr int kMaxGroups = 16;
@@ -172,7 +167,7 @@ struct UntilStopStep {
   ADVANCE_STEP_FN bool place(int64_t i, int64_t position) const {
     bool placed = true;
     for (int g = 0; g < num_groups; ++g) {
-      const int64_t slot = slot_of(groups[g].block_table, i, position, groups[g].block_size);
+      const int64_t slot = groups[g].block_table.slot(i, position);
       groups[g].slot_mapping[i] = slot;
       placed &= slot != kPadSlot;
     }

@@ -22,8 +22,11 @@ inline void ensure(AOTITorchError error) {
   if (error != TORCH_SUCCESS) throw std::runtime_error("advance_step: a call to libtorch's C interface failed");
 }
 
+inline const int32_t kInt32 = aoti_torch_dtype_int32(), kInt64 = aoti_torch_dtype_int64();
+
 // What the core needs to know of a tensor, read once.
 struct Argument {
+  AtenTensorHandle tensor = nullptr;
   char* data = nullptr;
   int64_t dim = 0, item = 0;
   const int64_t *size = nullptr, *stride = nullptr;
@@ -31,7 +34,7 @@ struct Argument {
   char* end = nullptr;  // of the addresses that its elements lie in; `data` where it has none
 
   Argument() = default;
-  explicit Argument(AtenTensorHandle tensor) {
+  explicit Argument(AtenTensorHandle handle) : tensor(handle) {
     void* address;
     int64_t *sizes, *strides;
     ensure(aoti_torch_get_data_ptr(tensor, &address));
@@ -51,14 +54,8 @@ struct Argument {
     end = count == 0 ? data : data + (last + 1) * item;
   }
 
-  bool is_int64() const {
-    static const int32_t int64 = aoti_torch_dtype_int64();
-    return dtype == int64;
-  }
-  bool is_int32() const {
-    static const int32_t int32 = aoti_torch_dtype_int32();
-    return dtype == int32;
-  }
+  bool is_int64() const { return dtype == kInt64; }
+  bool is_int32() const { return dtype == kInt32; }
   bool is_int() const { return is_int64() || is_int32(); }
   bool is_vector(int64_t n) const { return dim == 1 && size[0] == n; }
   bool is_matrix(int64_t rows, int64_t columns) const { return dim == 2 && size[0] == rows && size[1] == columns; }
@@ -156,9 +153,6 @@ class Call {
 
   // `written` come first in `all`; each must share no memory with itself or another. `same`, of the read ones, may
   // also be the very memory that the first written one starts with.
-  void demand_written_apart(std::initializer_list<const Argument*> all, int written, const Argument* same = nullptr) {
-    demand_written_apart(all.begin(), static_cast<int>(all.size()), written, same);
-  }
   void demand_written_apart(const Argument* const* all, int count, int written, const Argument* same) {
     for (int i = 0; i < written; ++i) {
       demand(!all[i]->meets_itself());
@@ -204,17 +198,6 @@ class Call {
   StableListHandle lists_[3];
   int held_ = 0, elements_held_ = 0, boxes_held_ = 0, lists_held_ = 0;
 };
-
-// Calls f with a One if the innermost dimension of every argument is contiguous, else with an int64_t.
-template <class F>
-void with_stride(std::initializer_list<const Argument*> arguments, F f) {
-  const auto contiguous = [](const Argument* a) { return a->stride[a->dim - 1] == 1; };
-  if (std::all_of(arguments.begin(), arguments.end(), contiguous)) {
-    f(One{});
-  } else {
-    f(int64_t{});
-  }
-}
 
 // Calls f with a value of the argument's integer type.
 template <class F>

@@ -107,21 +107,24 @@ struct BlockSize {
   }
 };
 
-// Where the token at `position` of sequence `row` lies in the cache: page id * block size + offset, 64-bit.
-template <class Table>
-ADVANCE_STEP_FN int64_t slot_of(const Table& table, int64_t row, int64_t position, BlockSize block_size) {
-  if (position < 0) return kPadSlot;
-  const int64_t column = block_size.column(position);
-  if (column >= table.columns) return kPadSlot;
-  const int64_t page = table(row, column);
-  if (page < 0) return kPadSlot;
-  return block_size.slot(page, position, column);
-}
+// The page ids of every sequence, Matrix or IntMatrix, and what is read from them.
+template <class Ids>
+struct BlockTable {
+  Ids ids;
+  BlockSize block_size;
+  int64_t limit;  // positions [0, limit) have a column; never past 2^63 - 1
 
-// The positions that lie in the table are [0, position_limit()).
-template <class Table>
-int64_t position_limit(const Table& table, BlockSize block_size) {
-  return table.columns > INT64_MAX / block_size.value ? INT64_MAX : table.columns * block_size.value;
-}
+  static BlockTable of(Ids ids, int64_t block_size, int64_t most = INT64_MAX) {
+    const int64_t limit = ids.columns > most / block_size ? most : ids.columns * block_size;
+    return {ids, BlockSize::of(block_size), limit};
+  }
+  // Where the token at `position` of sequence `row` lies in the cache: page id * block size + offset, 64-bit.
+  ADVANCE_STEP_FN int64_t slot(int64_t row, int64_t position) const {
+    if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(limit)) return kPadSlot;
+    const int64_t column = block_size.column(position);
+    const int64_t page = ids(row, column);
+    return page < 0 ? kPadSlot : block_size.slot(page, position, column);
+  }
+};
 
 }  // namespace advance_step

@@ -22,6 +22,20 @@ PAGED = "advance_step_paged"
 SDPA_MAX_KEYS = 512
 
 
+# Layer types of transformers' configs that are attention over keys and values, with nothing else kept between steps.
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def check_model(model: Any) -> None:
+    """ValueError for a model whose layers do not all attend through transformers' attention interface."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    if model.config.is_encoder_decoder or not model._supports_attention_backend:
+        raise ValueError(f"model: expected a causal LM on transformers' attention interface, got {name}")
+    other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if other:
+        raise ValueError(f"model: expected only layers of {sorted(LAYER_TYPES)}, got {other} in {name}")
+
+
 @dataclass
 class Prefill:
     """Whole prompts, packed one after the other into a batch of one."""
@@ -29,6 +43,7 @@ class Prefill:
     cache: PagedKVCache
     write_index: Tensor
     lengths: list[int]
+    layers: set[int] = field(default_factory=set)  # those that came here for attention
 
 
 @dataclass
@@ -51,7 +66,7 @@ class DecodeStep:
 
 
 def paged_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,  # [batch, heads, length, head_dim]
     key: Tensor,  # [batch, kv_heads, length, head_dim]
     value: Tensor,
@@ -70,8 +85,14 @@ def paged_attention(
     sinks, a position bias.
     """
     if paged is None:
-        raise ValueError(f"paged: expected Prefill or DecodeStep, got None (attention {PAGED!r} needs the step's metadata)")
-    unsupported = {"attention_mask": attention_mask, "s_aux": kwargs.get("s_aux"), "position_bias": kwargs.get("position_bias")}
+        raise ValueError(
+            f"paged: expected Prefill or DecodeStep, got None (attention {PAGED!r} needs the step's metadata)"
+        )
+    unsupported = {
+        "attention_mask": attention_mask,
+        "s_aux": kwargs.get("s_aux"),
+        "position_bias": kwargs.get("position_bias"),
+    }
     for name, argument in unsupported.items():
         if argument is not None:
             raise ValueError(f"{name}: expected None, got a tensor: attention over pages does not support it")
@@ -79,6 +100,7 @@ def paged_attention(
     layer = module.layer_idx
     paged.cache.write(layer, paged.write_index, key, value)
     if isinstance(paged, Prefill):
+        paged.layers.add(layer)
         return _prefill(query, key, value, paged.lengths, scaling, sliding_window, softcap), None
 
     batch, heads, _, head_dim = query.shape
@@ -94,7 +116,12 @@ def paged_attention(
 
 
 def _prefill(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float, sliding_window: int | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scaling: float,
+    sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Causal attention of each packed prompt to itself: [1, tokens, heads, head_dim]."""

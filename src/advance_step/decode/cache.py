@@ -20,7 +20,13 @@ class PagedKVCache:
 
     @classmethod
     def allocate(
-        cls, num_layers: int, num_pages: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype,
+        cls,
+        num_layers: int,
+        num_pages: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
         device: torch.device,
     ) -> "PagedKVCache":
         """A cache of zeros: a page that was never written may be read (masked), and must not hold a NaN."""

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from advance_step import advance_step_flashattn
-from advance_step.decode.attention import PAGED, DecodeStep, Prefill
+from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_model
 from advance_step.decode.cache import PagedKVCache
 from advance_step.decode.pages import PagePool
 from advance_step.decode.state import BatchState
 
 # Prompts are prefilled together up to this many tokens: enough to fill the matmuls, bounded in memory.
 PREFILL_TOKENS = 4096
+
+# The compiler takes sizes 0 and 1 for constants, so a table whose width shall vary never has one column.
+MIN_PAGES = 2
 
 
 @dataclass
@@ -30,6 +33,11 @@ class Request:
     pages: list[int] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" or "length"
 
+    @property
+    def max_seq_len(self) -> int:
+        """Prompt and new tokens together, at most."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
 
 @dataclass
 class Figures:
@@ -41,30 +49,42 @@ class Figures:
     decode_seconds: float = 0.0
     advance_seconds: float = 0.0
 
+    @property
+    def seconds(self) -> float:
+        """Prefill and decoding together."""
+        return self.prefill_seconds + self.decode_seconds
+
 
 class Decoder:
     """Greedy decoding of requests in a batch of `batch_size` rows over a paged KV cache.
 
     model: a transformers causal LM; it is put on the paged attention function.
-    max_seq_len: prompt and new tokens together that any request may have. Each row can have that many, so that a
-        request that was admitted never waits for a page.
+    max_seq_len: prompt and new tokens together that a request may have.
+    num_pages: pages of the cache. A request is admitted when there are pages for all that it may become, so that
+        an admitted one never waits; `pages_for` counts what keeps every row busy.
     stop_token_ids: a row that samples one of them is finished; the token is kept.
     compile: compile the decode step (the first steps of each batch size then take as long as the compiler does).
     """
 
     def __init__(
-        self, model: Any, *, batch_size: int, block_size: int, max_seq_len: int, stop_token_ids: Iterable[int],
+        self,
+        model: Any,
+        *,
+        batch_size: int,
+        block_size: int,
+        max_seq_len: int,
+        num_pages: int,
+        stop_token_ids: Iterable[int],
         compile: bool = False,
     ) -> None:
+        check_model(model)
         config = model.config.get_text_config()
-        max_pages = -(-max_seq_len // block_size)
-        num_pages = batch_size * max_pages
+        max_pages = max(-(-max_seq_len // block_size), MIN_PAGES)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         model.set_attn_implementation(PAGED)
         self.model = model
-        self.max_seq_len = max_seq_len
         self.stop_token_ids = frozenset(stop_token_ids)
         self.pool = PagePool(range(num_pages))
         self.cache = PagedKVCache.allocate(
@@ -73,8 +93,11 @@ class Decoder:
         self.state = BatchState.allocate(batch_size, max_pages, self.cache.spare_page, model.device)
         self.rows: list[Request] = []  # request of each live row
         self.figures = Figures()
-        self.forward = torch.compile(self._forward, fullgraph=True) if compile else self._forward
-        self.static_rows = compile  # a compiled step computes the padding rows too, so that its shapes are few
+        self.static_rows = compile  # a compiled step runs the padding rows too, so that one binary serves every step
+        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU.
+        self.forward = (
+            torch.compile(self._forward, fullgraph=True, options={"freezing": True}) if compile else self._forward
+        )
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
@@ -88,24 +111,30 @@ class Decoder:
 
     def _prefill(self, waiting: deque[Request]) -> list[Request]:
         """Admit prompts to the free rows, compute their keys and values, and sample their first tokens."""
-        first = len(self.rows)
-        free = len(self.state.sampled) - first
-        tokens = 0
-        while waiting and free and (tokens == 0 or tokens + len(waiting[0].prompt_ids) <= PREFILL_TOKENS):
-            request = waiting.popleft()
-            request.pages = self.pool.take(-(-(len(request.prompt_ids) + request.max_new_tokens) // self.cache.block_size))
+        first, tokens, block_size = len(self.rows), 0, self.cache.block_size
+        while waiting and len(self.rows) < len(self.state.sampled):
+            request = waiting[0]
+            pages = -(-request.max_seq_len // block_size)
+            if tokens and tokens + len(request.prompt_ids) > PREFILL_TOKENS:
+                break
+            if self.rows and pages > len(self.pool.free):  # with no live row to wait for, take() tells what is missing
+                break
+            request.pages = self.pool.take(pages)
             self.state.admit(len(self.rows), len(request.prompt_ids), request.pages)
-            self.rows.append(request)
+            self.rows.append(waiting.popleft())
             tokens += len(request.prompt_ids)
-            free -= 1
+        if tokens == 0:
+            return []
 
         begin = time.perf_counter()
         admitted = self.rows[first:]
         lengths = [len(request.prompt_ids) for request in admitted]
-        block_size = self.cache.block_size
-        slots = [r.pages[p // block_size] * block_size + p % block_size for r in admitted for p in range(len(r.prompt_ids))]
+        slots = [
+            r.pages[p // block_size] * block_size + p % block_size for r in admitted for p in range(len(r.prompt_ids))
+        ]
         device = self.state.sampled.device
-        paged = Prefill(self.cache, self.cache.write_index(torch.tensor(slots, device=device)), lengths)
+        write_index = self.cache.write_index(torch.tensor(slots, device=device))
+        paged = Prefill(self.cache, write_index, lengths)
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1  # the last token of each prompt
         logits = self.model(
             input_ids=torch.tensor([[t for r in admitted for t in r.prompt_ids]], device=device),  # [1, tokens]
@@ -123,16 +152,27 @@ class Decoder:
         state, live = self.state, len(self.rows)
         begin = time.perf_counter()
         advance_step_flashattn(
-            len(state.sampled), live, self.cache.block_size, state.input_tokens, state.sampled[:live],
-            state.input_positions, state.seq_lens, state.slot_mapping, state.block_tables,
+            len(state.sampled),
+            live,
+            self.cache.block_size,
+            state.input_tokens,
+            state.sampled[:live],
+            state.input_positions,
+            state.seq_lens,
+            state.slot_mapping,
+            state.block_tables,
         )
         advanced = time.perf_counter()
-        rows = len(state.sampled) if self.static_rows else live
         longest = max(len(request.prompt_ids) + len(request.tokens) for request in self.rows)
         pages = -(-longest // self.cache.block_size)  # known here without asking the device
+        rows = live
+        if self.static_rows:
+            rows, pages = len(state.sampled), max(pages, MIN_PAGES)
+        tables = state.block_tables[:rows, :pages]
+        if self.static_rows:
+            torch._dynamo.mark_dynamic(tables, 1)
         state.sampled[:rows] = self.forward(
-            state.input_tokens[:rows], state.input_positions[:rows], state.slot_mapping[:rows],
-            state.block_tables[:rows, :pages],
+            state.input_tokens[:rows], state.input_positions[:rows], state.slot_mapping[:rows], tables
         )
         finished = self._collect(0)
         end = time.perf_counter()
@@ -141,7 +181,9 @@ class Decoder:
         self.figures.decode_seconds += end - begin
         return finished
 
-    def _forward(self, input_tokens: Tensor, input_positions: Tensor, slot_mapping: Tensor, block_tables: Tensor) -> Tensor:
+    def _forward(
+        self, input_tokens: Tensor, input_positions: Tensor, slot_mapping: Tensor, block_tables: Tensor
+    ) -> Tensor:
         """The next token of each row [rows]; only device work, so that it can be compiled or captured."""
         paged = DecodeStep(
             self.cache, self.cache.write_index(slot_mapping), self.cache.read_index(block_tables), input_positions
@@ -169,7 +211,13 @@ class Decoder:
                 self.state.remove(row, len(self.rows) - 1)
                 self.rows[row] = self.rows[-1]
                 self.rows.pop()
-        return finished
+        return finished[::-1]
+
+
+def pages_for(requests: Iterable[Request], batch_size: int, block_size: int) -> int:
+    """Pages that the `batch_size` largest requests need: with these no row is ever left empty for want of a page."""
+    needs = sorted((-(-request.max_seq_len // block_size) for request in requests), reverse=True)
+    return sum(needs[:batch_size])
 
 
 def _greedy(logits: Tensor) -> Tensor:

@@ -31,17 +31,28 @@ def warmup(device: torch.device | str | int) -> None:
     # Named by what their dtypes are of: lengths, page ids, sampled tokens, and so on.
     for length, page, token in itertools.product(INTS, repeat=3):
         step = (longs(), zeros(token, 1), longs(), zeros(length, 1), longs(), zeros(page, 1, 1))
-        metadata = [zeros(torch.int32, n) for n in (1, 2, 1, 1)]
+        indices, indptr, last_page_len, bound = (zeros(torch.int32, n) for n in (1, 2, 1, 1))
         advance_step_flashattn(1, 1, 1, *step)
-        advance_step_flashinfer(1, 1, 1, *step, *metadata)
+        advance_step_flashinfer(1, 1, 1, *step, indices, indptr, last_page_len, bound)
 
-    state = [zeros(torch.int64, 1, 2) for _ in range(6)]
-    npu_advance_step_flashattn(*state, 1, 1, 1, spec_token=zeros(torch.int64, 1, 1), accepted_num=longs())
+    tokens, sampled, positions, lengths, slots, table = (zeros(torch.int64, 1, 2) for _ in range(6))
+    npu_advance_step_flashattn(
+        tokens,
+        sampled,
+        positions,
+        lengths,
+        slots,
+        table,
+        1,
+        1,
+        1,
+        spec_token=zeros(torch.int64, 1, 1),
+        accepted_num=longs(),
+    )
 
     for length, page, position in itertools.product(INTS, repeat=3):
-        positions = zeros(position, 1)
         eagle_step_update_slot_mapping_and_metadata(
-            positions, zeros(page, 1, 1), zeros(length, 1), 1, 1, positions, longs()
+            zeros(position, 1), zeros(page, 1, 1), zeros(length, 1), 1, 1, zeros(position, 1), longs()
         )
 
     for length, page, token, count, limit in itertools.product(INTS, repeat=5):

@@ -17,7 +17,7 @@ from torch import Tensor
 from advance_step.kernels.common import jit_by_dtype, launch
 from advance_step.kernels.plain import advance_rows
 
-SCAN_ROWS = tl.constexpr(4096)
+SCAN_ROWS = tl.constexpr(2048)  # with 16 warps the largest tile that no target spills registers for
 TILE_ROWS = tl.constexpr(16)
 TILE_COLUMNS = tl.constexpr(128)
 MOST_COLUMN_PROGRAMS = 64  # for a long table; a wider one is walked in a loop

@@ -41,10 +41,11 @@ def advance_rows(
     # What masked rows get here is what padding rows are to hold: token 0, position 0, slot -1.
     token = tl.load(sampled_token_ids + row * sampled_token_ids_stride, mask=live, other=0).to(tl.int64)
     position = tl.load(seq_lens + row * seq_lens_stride, mask=live, other=0).to(tl.int64)
+    length = (position + 1).to(seq_lens.dtype.element_ty)  # wraps after the longest that the dtype holds
+    placed = live & (length.to(tl.int64) > position)
     slot = slot_of(
-        row, position, live, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
+        row, position, placed, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
     )
-    length = (position + 1).to(seq_lens.dtype.element_ty)
     tl.store(input_tokens + row * input_tokens_stride, token, mask=in_batch)
     tl.store(input_positions + row * input_positions_stride, position, mask=in_batch)
     tl.store(seq_lens + row * seq_lens_stride, length, mask=live)

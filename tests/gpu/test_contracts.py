@@ -1,0 +1,39 @@
+"""The clauses of every contract on the GPU, through the operators, on the executor that serves it in this process.
+
+test_processes.py runs this file again with Triton, with the reference, and with ADVANCE_STEP_CHECK=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import advance_step
+from advance_step.conformance import CONTRACTS, clauses
+from advance_step.conformance.run import HOLDS, check_clause
+
+CLAUSES = [(contract, clause) for contract in CONTRACTS for clause in clauses(contract)]
+
+
+@pytest.mark.parametrize(("contract", "clause"), CLAUSES)
+def test_operator_holds(device, contract, clause):
+    result = check_clause(getattr(advance_step, CONTRACTS[contract].operator), contract, clause, device)
+    assert result.outcome == HOLDS, result.detail
+
+
+@pytest.mark.parametrize(("contract", "clause"), CLAUSES)
+def test_dispatcher_holds(device, contract, clause):
+    target = getattr(torch.ops.advance_step, CONTRACTS[contract].operator)
+    result = check_clause(target, contract, clause, device, seed=1)
+    assert result.outcome == HOLDS, result.detail
+
+
+def test_who_serves(device):
+    """The native core, unless another is forced or values are to be checked, which the core does not on a GPU."""
+    served = advance_step.backend_info()["devices"]["cuda"]
+    if os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0"):
+        assert served["executor"] in ("triton", "reference"), served
+    else:
+        assert served["executor"] == (os.environ.get("ADVANCE_STEP_BACKEND") or "native"), served
