@@ -19,6 +19,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.errors import ExecError
 
 MODE = os.environ.get("ADVANCE_STEP_BUILD", "auto")
 CSRC = Path("src/advance_step/csrc")
@@ -34,6 +35,8 @@ def missing() -> str:
     """What the core cannot be built without here, or ""."""
     if os.name != "posix":
         return "the core is built on Linux and macOS only"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "a free-threaded Python has no cp310-abi3 extensions"
     if not CPP:
         return f"its sources are not in {CSRC}"
     if not CXX or not shutil.which(shlex.split(CXX)[0]):
@@ -75,7 +78,10 @@ class BuildCore(build_ext):
             host = [f"-ccbin={shlex.split(CXX)[0]}", f"-Xcompiler={','.join(hidden)}"]
             command, libraries = [*cuda, *FLAGS, *host, "-DUSE_CUDA", *map(str, CUDA)], ["-ltorch_cpu", "-ltorch_cuda"]
         command += [*ext.sources, f"-I{torch / 'include'}", f"-L{torch / 'lib'}", *libraries, "-o", str(core)]
-        self.spawn(command)
+        try:
+            self.spawn(command)
+        except ExecError as error:
+            sys.exit(f"the native core did not compile ({error}); ADVANCE_STEP_BUILD=0 installs without it")
 
 
 class BuildPython(build_py):
@@ -95,7 +101,7 @@ if why_not and MODE == "1":
 if why_not:
     print(f"advance-step: installs without its native core: {why_not}", file=sys.stderr)
 
-core = Extension("advance_step._C", [str(path) for path in CPP], py_limited_api=True, optional=MODE == "auto")
+core = Extension("advance_step._C", [str(path) for path in CPP], py_limited_api=True)
 setup(
     ext_modules=[] if why_not else [core],
     cmdclass={"build_ext": BuildCore, "build_py": BuildPython},

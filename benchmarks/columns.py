@@ -53,11 +53,6 @@ class State:
         return (*self.npu[6:], *self.npu[:6])
 
     @property
-    def eagle(self) -> tuple[Any, ...]:
-        tables = (self.positions, self.tables, self.lens, BLOCK_SIZE, BLOCK_SIZE * WIDTH)
-        return (*tables, self.positions, self.slots)
-
-    @property
     def until_stop(self) -> tuple[Any, ...]:
         state = (self.tokens, self.sampled_all, self.positions, self.lens, [self.slots], [self.tables], [BLOCK_SIZE])
         return (*state, self.status, self.output, self.generated, STOPS, self.longest)
@@ -182,8 +177,8 @@ def family_columns(vllm_cpu: Path | None) -> dict[str, Callable[[State], Call]]:
         "flashinfer": lambda s: bound(ops.advance_step_flashinfer, (*s.plain, *flashinfer_metadata(s))),
         "until_stop": lambda s: bound(ops.advance_until_stop, s.until_stop),
         "until_stop no-op": lambda s: bound(nothing.advance_until_stop, s.until_stop),
-        "eagle": lambda s: bound(ops.eagle_step_update_slot_mapping_and_metadata, s.eagle),
-        "eagle no-op": lambda s: bound(nothing.eagle_step_update_slot_mapping_and_metadata, s.eagle),
+        "eagle": lambda s: bound(ops.eagle_step_update_slot_mapping_and_metadata, eagle_int32(s)),
+        "eagle no-op": lambda s: bound(nothing.eagle_step_update_slot_mapping_and_metadata, eagle_int32(s)),
     }
     if vllm_cpu is not None:
         torch.ops.load_library(vllm_cpu)
@@ -197,9 +192,16 @@ def flashinfer_metadata(state: State) -> tuple[torch.Tensor, ...]:
     return tuple(torch.zeros(size, dtype=torch.int32) for size in sizes)
 
 
+def eagle_int32(state: State) -> tuple[Any, ...]:
+    """vLLM's dtypes: int32 lengths and tables."""
+    tables, lens = state.tables.to(torch.int32), state.lens.to(torch.int32)
+    return (state.positions, tables, lens, BLOCK_SIZE, BLOCK_SIZE * WIDTH, state.positions, state.slots)
+
+
 def vllm_eagle(state: State) -> Call:
+    positions, tables, lens, block_size, longest, out_positions, out_slots = eagle_int32(state)
     kernel = torch.ops._C.eagle_step_slot_mapping_metadata_kernel_impl
-    raise NotImplementedError(kernel)
+    return bound(kernel, (positions, tables, lens, out_positions, out_slots, block_size, longest, -1))
 
 
 def load_noop() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from columns import COLUMNS, BLOCK_SIZE, WIDTH, State, family_columns, load_noop
+from columns import BLOCK_SIZE, COLUMNS, WIDTH, State, family_columns, load_noop
 from report import machine, plot, write
 
 ROWS = [1, 8, 64, 256, 1024, 4096, 65_536, 1_048_576]

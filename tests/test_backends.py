@@ -70,10 +70,7 @@ def test_triton_without_a_device_is_refused():
 
 def test_a_core_that_does_not_load_warns_and_is_named(tmp_path):
     """A core of another platform or torch: the reference serves, the reason is told, forcing it fails."""
-    break_it = (
-        "import torch\ndef fail(path): raise OSError('undefined symbol: gone')\n"
-        "torch.ops.load_library = fail\n"
-    )
+    break_it = "import torch\ndef fail(path): raise OSError('undefined symbol: gone')\ntorch.ops.load_library = fail\n"
     if not has_native():
         pytest.skip("needs a built core")
     ran = python(break_it + INFO)

@@ -71,13 +71,15 @@ def parsed(entry: str) -> Kernel:
 def test_kernels_are_the_expected_ones(kernels, capsys):
     found = Counter((kernel.target, kernel.name) for kernel in kernels)
     assert found == {(target, name): n for target in ("sm_80", "sm_90") for name, n in KERNELS.items()}
-    registers = defaultdict(list)
+    registers, local_bytes = defaultdict(list), Counter()
     for kernel in kernels:
         registers[kernel.target, kernel.name].append(kernel.registers)
+        local_bytes[kernel.target, kernel.name] += kernel.local_bytes
     with capsys.disabled():
         print()
         for (target, name), counts in sorted(registers.items()):
-            print(f"  {target} {'<'.join(name)}>: {len(counts)} x {min(counts)} to {max(counts)} registers")
+            spread = f"{min(counts)}-{max(counts)}" if min(counts) < max(counts) else counts[0]
+            print(f"  {target} {'<'.join(name)}>: {spread} registers, {local_bytes[target, name]} bytes spilled")
 
 
 def test_no_kernel_uses_local_memory(kernels):

@@ -171,6 +171,6 @@ def _meets_itself(value: Tensor) -> bool:
 
 
 def _is_start_of(part: Tensor, whole: Tensor) -> bool:
-    return (
-        part.data_ptr() == whole.data_ptr() and part.dtype == whole.dtype and part.stride(0) == whole.stride(0)
-    )
+    """Whether element i of `part`, [n] or [n, 1], is element i of `whole`."""
+    same_place = part.data_ptr() == whole.data_ptr() and part.stride(0) == whole.stride(0)
+    return same_place and part.dtype == whole.dtype and part.numel() == part.size(0)

@@ -37,20 +37,21 @@ def test_replay_equals_eager(functions, device, call, rows):
 
 def test_a_window_of_steps_in_one_graph(functions, device):
     """Eight steps captured, each fed what the one before wrote: the host does nothing between them."""
+
+    def window_of(module, suffix, state):
+        for _ in range(8):
+            state["sampled_token_ids"].add_(state["input_positions"]).remainder_(300)  # stands for a model
+            function(module, "advance_until_stop", suffix)(**state)
+
     drawn = draw_call("advance_until_stop", 257)
     captured, expected = on(device, drawn), on("cpu", drawn)
-    step, twin = functions.advance_until_stop, reference.advance_until_stop_ref
-    step(**on(device, drawn))
+    window_of(functions, "", on(device, drawn))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(8):
-            captured["sampled_token_ids"].add_(captured["input_positions"]).remainder_(300)  # stands for a model
-            step(**captured)
+        window_of(functions, "", captured)
     for window in range(8):
         graph.replay()
-        for _ in range(8):
-            expected["sampled_token_ids"].add_(expected["input_positions"]).remainder_(300)
-            twin(**expected)
+        window_of(reference, "_ref", expected)
         assert_same(captured, expected, f"window {window}")
 
 

@@ -122,6 +122,7 @@ def test_auto_without_a_compiler_builds_without_the_core(tmp_path: Path, python_
     [
         ({"ADVANCE_STEP_BUILD": "1"}, "ADVANCE_STEP_BUILD=1, but no C++ compiler (c++, g++ or clang++) on PATH"),
         ({"ADVANCE_STEP_BUILD": "1", "CXX": "cxx-of-nobody"}, "but no C++ compiler (cxx-of-nobody) on PATH"),
+        ({"ADVANCE_STEP_BUILD": "auto", "CXX": "/bin/false"}, "the native core did not compile"),
         ({"ADVANCE_STEP_BUILD": "yes"}, "ADVANCE_STEP_BUILD: expected auto, 1 or 0, got 'yes'"),
     ],
 )

@@ -54,12 +54,12 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
     context = model.config.get_text_config().max_position_embeddings
     requests = [to_request(tokenizer, prompt, settings.raw, settings.max_new_tokens, context) for prompt in prompts]
     decoder = decoder_for(model, requests, settings)
+    finished: list[Request] = []
     try:
-        _decode(decoder, prompts, requests, tokenizer, output)
+        _decode(decoder, prompts, requests, tokenizer, output, finished)
     except KeyboardInterrupt:
-        finished = sum(request.finish_reason is not None for request in requests)
-        where = f"kept in {output}; --resume goes on from there" if output else "printed"
-        say(f"interrupted: {finished} of {len(requests)} prompts finished and {where}")
+        where = f"kept in {output} (--resume goes on from there)" if output else "printed"
+        say(f"interrupted: {len(finished)} of {len(requests)} prompts are finished and {where}")
         return 130
     say(summary(decoder.figures, len(requests)))
     return 0 if settings.verify == 0 else _verified(requests[: settings.verify], model, settings)
@@ -91,33 +91,37 @@ def _unfinished(prompts: list[Prompt], output: Path, resume: bool) -> list[Promp
 
 
 def _decode(
-    decoder: Decoder, prompts: list[Prompt], requests: list[Request], tokenizer: Any, output: Path | None
+    decoder: Decoder,
+    prompts: list[Prompt],
+    requests: list[Request],
+    tokenizer: Any,
+    output: Path | None,
+    finished: list[Request],
 ) -> None:
-    """Run the requests, and hand out each text: as it grows if it is the only one, otherwise when it is finished."""
+    """Run the requests and hand out each text: as it grows if it is the only one, otherwise when it is finished.
+
+    A request joins `finished` when its text is out.
+    """
     by_id = {prompt.id: prompt for prompt in prompts}
     with ExitStack() as stack:
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
             lines = stack.enter_context(output.open("a", encoding="utf-8"))
-        streaming = (
-            text_stream(tokenizer, lambda text: print(text, end="", flush=True))
-            if not output and len(requests) == 1
-            else None
-        )
+        alone = len(requests) == 1 and not output
+        stream = text_stream(tokenizer, lambda text: print(text, end="", flush=True))
         bar = stack.enter_context(progress_bar())
-        task = bar.add_task("", total=len(requests), visible=not streaming)
+        task = bar.add_task("", total=len(requests), visible=not alone)
         for done in decoder.run(requests):
+            if alone:
+                stream(requests[0])
             for request in done:
-                text = tokenizer.decode(request.tokens, skip_special_tokens=True)
+                prompt, text = by_id[request.id], tokenizer.decode(request.tokens, skip_special_tokens=True)
                 if output:
-                    write_result(lines, by_id[request.id], request, text)
-                elif not streaming:
-                    print(f"[{request.id}] {by_id[request.id].text}\n{text.strip()}\n", flush=True)
-            if streaming:
-                streaming(requests[0])
-            bar.update(task, advance=len(done), description=progress_line(decoder))
-        if streaming:
-            print()
+                    write_result(lines, prompt, request, text)
+                else:
+                    print("" if alone else f"[{prompt.id}] {prompt.text}\n{text.strip()}\n", flush=True)
+                finished.append(request)
+            bar.update(task, completed=len(finished), description=progress_line(decoder))
 
 
 def _verified(requests: list[Request], model: Any, settings: Settings) -> int:

@@ -58,7 +58,7 @@ class Figures:
 class Decoder:
     """Greedy decoding of requests in a batch of `batch_size` rows over a paged KV cache.
 
-    model: a transformers causal LM; it is put on the paged attention function.
+    model: a transformers causal LM; `run` puts it on the paged attention function.
     max_seq_len: prompt and new tokens together that a request may have.
     num_pages: pages of the cache. A request is admitted when there are pages for all that it may become, so that
         an admitted one never waits; `pages_for` counts what keeps every row busy.
@@ -83,14 +83,14 @@ class Decoder:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        model.set_attn_implementation(PAGED)
         self.model = model
         self.stop_token_ids = frozenset(stop_token_ids)
         self.pool = PagePool(range(num_pages))
         self.cache = PagedKVCache.allocate(
             config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim, model.dtype, model.device
         )
-        self.state = BatchState.allocate(batch_size, max_pages, self.cache.spare_page, model.device)
+        # One column more than is ever read: a view of all columns is contiguous, for which the step would be recompiled.
+        self.state = BatchState.allocate(batch_size, max_pages + 1, self.cache.spare_page, model.device)
         self.rows: list[Request] = []  # request of each live row
         self.figures = Figures()
         self.static_rows = compile  # a compiled step runs the padding rows too, so that one binary serves every step
@@ -102,6 +102,7 @@ class Decoder:
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """Decode all requests; yields after each step the requests that it finished (often none)."""
+        self.model.set_attn_implementation(PAGED)
         waiting = deque(requests)
         while waiting or self.rows:
             if waiting and len(self.rows) < len(self.state.sampled):
@@ -143,6 +144,10 @@ class Decoder:
             logits_to_keep=ends,
             paged=paged,
         ).logits  # [1, admitted, vocabulary]
+        if len(paged.layers) != len(self.cache.layers):  # a layer that keeps its state elsewhere would go wrong later
+            raise ValueError(
+                f"model: expected {len(self.cache.layers)} layers to attend over pages, got {len(paged.layers)}"
+            )
         self.state.sampled[first : len(self.rows)] = _greedy(logits[0])
         self.figures.prefill_seconds += time.perf_counter() - begin
         return self._collect(first)

@@ -1,0 +1,139 @@
+"""The loop against transformers' own generate, token for token."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, decoder_for, generate, requests_for, run, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from advance_step.decode.loop import Request, pages_for
+from advance_step.decode.prompts import encode
+
+TEXTS = ["Why is the sky blue?", "Hi", "Name the largest planet, and say in one sentence what it is made of."]
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+def test_page_sizes_and_permuted_tables(llama, prompts, llama_tokens, block_size, permuted):
+    decoder = decoder_for(llama, block_size=block_size)
+    if permuted:
+        random.Random(2).shuffle(decoder.pool.free)
+    assert run(decoder, requests_for(prompts, 20)) == llama_tokens
+    assert sorted(decoder.pool.free) == list(range(decoder.cache.spare_page))  # every page came back, once
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])  # rows refilled one by one; in turns; more rows than prompts
+@pytest.mark.parametrize("static_rows", [False, True])  # True: padding rows run through the model
+def test_rows_come_and_go(llama, prompts, batch_size, static_rows):
+    lengths = [7, 1, 20, 3, 9, 2, 12]
+    requests = [Request(i, p, n) for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))]
+    expected = [generate(llama, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    decoder = decoder_for(llama, batch_size=batch_size)
+    decoder.static_rows = static_rows
+    assert run(decoder, requests) == expected
+    assert {request.finish_reason for request in requests} == {"length"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family, prompts):
+    model = tiny_model(family)
+    expected = [generate(model, prompt, 12) for prompt in prompts]
+    assert run(decoder_for(model, block_size=4), requests_for(prompts, 12)) == expected
+
+
+def test_stop_tokens_end_a_row_and_are_kept(llama, prompts, llama_tokens):
+    stop = [llama_tokens[0][3], llama_tokens[3][0]]  # in the middle of one text, and the first token of another
+    expected = [generate(llama, prompt, 20, stop) for prompt in prompts]
+    requests = requests_for(prompts, 20)
+    assert run(decoder_for(llama, stop_token_ids=stop), requests) == expected
+    assert [r.finish_reason for r in requests] == ["stop" if r.tokens[-1] in stop else "length" for r in requests]
+    assert requests[3].tokens == [stop[1]]
+
+
+def test_few_pages_make_prompts_wait(llama, prompts, llama_tokens):
+    requests = requests_for(prompts, 20)
+    enough = max(pages_for([request], 1, 16) for request in requests)
+    decoder = decoder_for(llama, num_pages=enough + 2)
+    widest = 0
+    for _ in decoder.run(requests):
+        widest = max(widest, len(decoder.rows))
+    assert [request.tokens for request in requests] == llama_tokens
+    assert widest < 4
+
+
+def test_too_few_pages_for_a_prompt(llama, prompts):
+    decoder = decoder_for(llama, num_pages=3)
+    with pytest.raises(RuntimeError, match="KV cache: expected 4 free pages, got 3"):
+        run(decoder, requests_for([prompts[3]], 20))
+
+
+def test_pages_for_counts_the_largest():
+    requests = [Request(0, [1] * 16, 1), Request(1, [1] * 3, 5), Request(2, [1] * 40, 24)]
+    assert pages_for(requests, 2, 16) == 2 + 4
+
+
+def test_long_prompts_are_prefilled_apart(llama, prompts, llama_tokens, monkeypatch):
+    monkeypatch.setattr("advance_step.decode.loop.PREFILL_TOKENS", 20)
+    assert run(decoder_for(llama), requests_for(prompts, 20)) == llama_tokens
+
+
+def test_padding_rows_are_neutral_after_the_run(llama, prompts):
+    decoder = decoder_for(llama)
+    run(decoder, requests_for(prompts, 6))
+    assert decoder.state.seq_lens.tolist() == [1] * 4
+    assert (decoder.state.block_tables == decoder.cache.spare_page).all()
+    assert all(torch.isfinite(layer).all() for layer in decoder.cache.layers)
+
+
+def test_figures_count(llama, prompts):
+    decoder = decoder_for(llama)
+    run(decoder, requests_for(prompts[:4], 20))
+    assert decoder.figures.tokens == 80
+    assert decoder.figures.steps == 19  # the first tokens come with the prompts
+    assert 0 < decoder.figures.advance_seconds < decoder.figures.decode_seconds < decoder.figures.seconds
+
+
+def test_a_step_does_not_read_the_device(llama, prompts):
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    decoder = decoder_for(llama)
+    run_ = decoder.run(requests_for(prompts[:4], 20))
+    next(run_)
+    state = decoder.state
+    with NoReads(), torch.inference_mode():
+        tokens = decoder.forward(state.input_tokens, state.input_positions, state.slot_mapping, state.block_tables)
+    assert tokens.shape == (4,)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no compiler")
+def test_compiled_once_as_lengths_grow(llama, prompts, llama_tokens):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    decoder = decoder_for(llama, compile=True)
+    assert run(decoder, requests_for(prompts, 20)) == llama_tokens
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_models_without_the_attention_interface_are_refused():
+    mamba = transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="model: expected a causal LM on transformers' attention interface, got Mamba"):
+        decoder_for(transformers.MambaForCausalLM(mamba))
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 256])
+def test_real_model(real, block_size):
+    model, tokenizer = real
+    ids = [encode(tokenizer, text, raw=False) for text in TEXTS]
+    expected = [generate(model, prompt, 10, [2]) for prompt in ids]
+    decoder = decoder_for(model, batch_size=2, block_size=block_size, max_seq_len=96, stop_token_ids=[2])
+    random.Random(3).shuffle(decoder.pool.free)
+    decoder.static_rows = True
+    assert run(decoder, requests_for(ids, 10)) == expected

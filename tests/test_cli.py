@@ -1,0 +1,147 @@
+"""The main job through the command line, on the real model, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TEXTS = ["Why is the sky blue?", "Name three colours.", "Hi"]
+
+
+def advance_step(*arguments: object, code: str = "") -> subprocess.CompletedProcess[str]:
+    """`advance-step` with these arguments; `code` runs before it."""
+    script = f"{code}\nimport sys, advance_step.__main__ as command; sys.argv[0] = 'advance-step'; command.main()"
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def without(*modules: str) -> str:
+    """Code after which these modules are as good as not installed."""
+    return f"import sys; sys.modules.update(dict.fromkeys({modules!r}))"
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The main job: three prompts, two rows, verified."""
+    directory = tmp_path_factory.mktemp("job")
+    (directory / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    options = ["--dtype", "float32", "--max-new-tokens", 8, "--batch-size", 2, "--block-size", 3, "--verify", 3]
+    output = directory / "out.jsonl"
+    return advance_step("generate", "--input", directory / "in.jsonl", "--output", output, *options), output
+
+
+def test_a_batch_equals_transformers_generate(job):
+    ran, output = job
+    assert ran.returncode == 0, ran.stderr
+    assert "verified: 3 of 3 as transformers' generate, token for token (greedy, float32)" in ran.stderr
+    done = {line["id"]: line for line in lines(output)}
+    assert {id_: line["prompt"] for id_, line in done.items()} == dict(enumerate(TEXTS, 1))
+    assert done[1]["text"] == "The sky is blue because of a process"
+    for line in done.values():
+        assert (line["finish_reason"], line["tokens"]) == ("length", 8) or line["finish_reason"] == "stop"
+    assert f"3 prompts, {sum(line['tokens'] for line in done.values())} tokens in " in ran.stderr
+    assert "ms per step, " in ran.stderr and "% of it advancing" in ran.stderr
+
+
+def test_a_log_has_no_control_codes(job):
+    ran, _ = job
+    assert ran.stdout == ""
+    assert "\r" not in ran.stderr and "\x1b" not in ran.stderr
+
+
+def test_one_prompt_goes_to_stdout(job):
+    ran = advance_step("generate", TEXTS[0], "--dtype", "float32", "--max-new-tokens", 8)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "The sky is blue because of a process\n"
+    assert ran.stderr.startswith("1 prompt, 8 tokens in ")
+
+
+def test_resume_decodes_what_is_missing(job, tmp_path):
+    _, output = job
+    whole = output.read_text().split("\n")
+    partial = tmp_path / "out.jsonl"
+    partial.write_text(whole[0] + "\n" + whole[1][:20])  # killed in the middle of a line
+    options = ["--dtype", "float32", "--max-new-tokens", 8, "--input", output.parent / "in.jsonl", "--output", partial]
+    refused = advance_step("generate", *options)
+    assert refused.returncode == 1
+    assert f"--output: expected a new file, got {partial}, which exists (--resume goes on with it)" in refused.stderr
+    ran = advance_step("generate", *options, "--resume")
+    assert ran.returncode == 0, ran.stderr
+    assert "2 prompts, " in ran.stderr
+    assert sorted(lines(partial), key=lambda line: line["id"]) == sorted(lines(output), key=lambda line: line["id"])
+    again = advance_step("generate", *options, "--resume")
+    assert (again.returncode, again.stderr) == (0, f"{partial} has every prompt already\n")
+
+
+def test_an_interrupted_job_keeps_what_is_finished(tmp_path):
+    (tmp_path / "in.txt").write_text("".join(f"Count to {n}.\n" for n in range(2, 42)))
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "advance_step", "generate", "--input", str(tmp_path / "in.txt")]
+    options = ["--output", str(output), "--max-new-tokens", "12", "--batch-size", "2"]
+    running = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not (output.exists() and output.read_text().count("\n") >= 2):
+        pass
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    kept = len(lines(output))
+    assert running.returncode == 130
+    assert 2 <= kept < 40
+    said = f"interrupted: {kept} of 40 prompts are finished and kept in {output} (--resume goes on from there)"
+    assert stderr.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "expected prompts or --input, got neither"),
+        (["x", "--input", "in.txt"], "expected prompts or --input, got both"),
+        (["--input", "nowhere.txt"], "--input: expected a file, got nowhere.txt"),
+        (["x", "--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got int8"),
+        (["x", "--model", "nowhere"], "--model: expected a directory or a .gguf file, got nowhere"),
+        (["word " * 9000, "--raw"], "prompt 1: expected fewer than 8192 tokens (the context), got 9001"),
+    ],
+)
+def test_bad_input_is_an_error_before_any_work(arguments, said):
+    ran = advance_step("generate", *arguments)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (1, "", f"advance-step generate: {said}\n")
+
+
+@pytest.mark.parametrize("option", ["--block-size", "--batch-size", "--max-new-tokens"])
+def test_sizes_below_one_are_refused(option):
+    ran = advance_step("generate", "x", option, 0)
+    assert ran.returncode == 2
+    assert f"Invalid value for '{option}'" in ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["info"]])
+def test_info_needs_torch_alone(arguments):
+    ran = advance_step(*arguments, code=without("typer", "rich", "transformers"))
+    assert ran.returncode == 0, ran.stderr
+    first, *devices = ran.stdout.splitlines()
+    assert first.startswith("advance-step ") and ", torch " in first
+    assert [line.split()[0] for line in devices] == ["cpu", "cuda", "xpu", "npu"]
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "transformers"])
+def test_generate_says_what_to_install(missing):
+    ran = advance_step("generate", "x", code=without(missing))
+    install = 'pip install "advance-step[models]"'
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == f"advance-step generate: {missing} is not installed: {install}\n"
+
+
+def test_example_prompts_are_good_input():
+    from advance_step.decode.prompts import read_prompts
+
+    assert len(read_prompts(EXAMPLES / "prompts.txt")) == 8
+    assert [prompt.id for prompt in read_prompts(EXAMPLES / "prompts.jsonl")] == ["sky", "rain", "lock", "mail"]
