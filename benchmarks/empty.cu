@@ -57,7 +57,7 @@ void until_stop(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 // SCHEMAS is a list of m.def("...") and comes from the operators themselves (gpu_columns.py).
-STABLE_TORCH_LIBRARY(advance_step_floor, m) { SCHEMAS }
+STABLE_TORCH_LIBRARY(advance_step_floor, m){SCHEMAS}
 
 STABLE_TORCH_LIBRARY_IMPL(advance_step_floor, CUDA, m) {
   m.impl("advance_step_flashattn", plain<6>);

@@ -138,7 +138,7 @@ def load_vllm(sources: list[Path]) -> dict[str, Callable[[State], Call]]:
                 lines += [f'm.def("{name}{schema % extra}"); m.impl("{name}", torch::kCUDA, &{name});']
                 found[name] = partial(dispatched, name)
             wrapper.write_text("\n".join([*lines, "}\n"]))
-            build(wrapper, f"-I{source / 'csrc'}", libraries=["-ltorch", "-lc10", "-lc10_cuda"])
+            build(wrapper, f"-I{source / 'csrc'}", libraries=["-lc10", "-lc10_cuda"])
         if eagle.exists():
             found[EAGLE] = partial(vllm_eagle, eagle_kernel(eagle))
     return found
@@ -174,9 +174,11 @@ def build(source: Path, *flags: str, libraries: list[str] | None = None) -> None
     """One nvcc command for this GPU, and loads what it makes."""
     major, minor = torch.cuda.get_device_capability()
     library = BUILD / f"{source.stem}.so"
+    # torch's headers want cuBLAS's and others', which a toolkit may lack and torch's own dependencies bring.
+    include = [*include_paths("cuda"), *Path(torch.__file__).parent.parent.glob("nvidia/*/include")]
     command = [
         *(f"{CUDA_HOME}/bin/nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}"),
-        *(*flags, str(source), *(f"-I{path}" for path in include_paths("cuda"))),
+        *(*flags, str(source), *(f"-I{path}" for path in include)),
         *(*(f"-L{path}" for path in library_paths("cuda")), "-ltorch_cpu", "-ltorch_cuda", *(libraries or [])),
         *("-o", str(library)),
     ]

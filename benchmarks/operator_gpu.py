@@ -75,7 +75,7 @@ def main() -> None:
         sections[f"{name}: device, µs per step"] = as_table(name, device[name], wrong) + "\n\n" + bytes_moved(name)
     sections["Bars"] = bars(host[PLAIN], device[PLAIN], wrong)
     if notes:
-        sections["Not as the reference"] = "\n".join(f"- {note}" for note in notes)
+        sections["Wrong or refused"] = "\n".join(f"- {note}" for note in notes)
     gpu = torch.cuda.get_device_name()
     slug = re.sub("[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
     title = f"Operators on a GPU: {gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}"
@@ -95,8 +95,8 @@ def runnable(state: State, calls: dict[str, Call | None], wrong: Wrong, notes: l
         state.reset()
         try:
             call()
-        except RuntimeError as error:
-            if column != "vLLM":  # its operator refuses batches that its grid cannot cover
+        except RuntimeError as error:  # a batch that vLLM's grid cannot cover, a program that torch cannot compile
+            if column not in ("vLLM", "torch.compile"):
                 raise
             notes.append(f"{column}, {state.name}, {state.rows:,} rows: {str(error).splitlines()[0]}")
             continue
@@ -181,9 +181,10 @@ def absent(column: str) -> str:
 
 def bytes_moved(name: str) -> str:
     least, moved = State(name, 1024, STEPS).bytes_a_row()
+    alone = f"; {moved:.0f} as the memory moves them, 32 for what lies alone (a page id, an output token)"
     return (
-        f"A step reads and writes {least:.0f} bytes a row; as the memory moves them, 32 bytes for what lies alone "
-        f"(a page id, an output token), {moved:.0f}. The copy moves the latter, read and written counted together."
+        f"A step reads and writes {least:.0f} bytes a row{alone if moved > least else ''}. "
+        f"The copy moves {moved:.0f}: half of them read, half written."
     )
 
 

@@ -49,9 +49,10 @@ def generate(
     try:
         from advance_step.decode import job
     except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "gguf", "accelerate", "rich"):
+        missing = (error.name or "").split(".")[0]
+        if missing not in ("transformers", "rich"):
             raise
-        sys.exit(f'advance-step generate: {error.name} is not installed: pip install "advance-step[models]"')
+        sys.exit(f'advance-step generate: {missing} is not installed: pip install "advance-step[models]"')
     settings = job.Settings(model, dtype, max_new_tokens, batch_size, block_size, raw, compile, verify)
     try:
         code = job.generate(prompts or [], input, output, resume, settings)

@@ -147,7 +147,7 @@ def advance_step_flashinfer_ref(
 
 def pages(position: Tensor, columns: int, block_size: int) -> Tensor:
     """How many pages of its table a sequence uses whose last token is at `position`: 0 to `columns`."""
-    return (position.div(block_size, rounding_mode="floor") + 1).clamp(0, columns)
+    return (position.div(block_size, rounding_mode="floor").clamp(max=columns - 1) + 1).clamp(min=0)
 
 
 def eagle_step_update_slot_mapping_and_metadata_ref(
@@ -199,13 +199,14 @@ def advance_until_stop_ref(
     longest = (position >= max_seq_lens) | (position + 1 >= max_seq_lens) | (seq_lens == torch.iinfo(seq_lens.dtype).max)
     no_page = torch.stack([slot == PAD_SLOT for slot in group_slots]).any(0)
 
-    outcome = torch.where(no_page, RowStatus.NO_PAGE, RowStatus.RUNNING)
-    outcome = torch.where(longest, RowStatus.LENGTH, outcome)
-    outcome = torch.where(stopped, RowStatus.STOPPED, outcome)
-    outcome = torch.where(full, RowStatus.LENGTH, outcome)
-    running = status == RowStatus.RUNNING
-    recorded = running & ~full & (outcome != RowStatus.NO_PAGE)
-    advanced = running & (outcome == RowStatus.RUNNING)
+    # As plain ints: torch.compile takes a tensor compared with an enum for a constant.
+    outcome = torch.where(no_page, int(RowStatus.NO_PAGE), int(RowStatus.RUNNING))
+    outcome = torch.where(longest, int(RowStatus.LENGTH), outcome)
+    outcome = torch.where(stopped, int(RowStatus.STOPPED), outcome)
+    outcome = torch.where(full, int(RowStatus.LENGTH), outcome)
+    running = status == int(RowStatus.RUNNING)
+    recorded = running & ~full & (outcome != int(RowStatus.NO_PAGE))
+    advanced = running & (outcome == int(RowStatus.RUNNING))
 
     if output_tokens.size(1) > 0:
         place = num_generated.to(torch.int64).clamp(0, output_tokens.size(1) - 1)[:, None]  # [B, 1]

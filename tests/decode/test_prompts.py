@@ -48,7 +48,7 @@ def test_input_that_is_no_text_or_not_there(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"p\.txt: expected UTF-8 text, got"):
         read_prompts(tmp_path / "p.txt")
-    with pytest.raises(FileNotFoundError, match="--input: expected a file, got .*none.txt"):
+    with pytest.raises(FileNotFoundError, match=r"--input: expected a file, got .*none\.txt"):
         read_prompts(tmp_path / "none.txt")
 
 

@@ -17,6 +17,22 @@ from advance_step.conformance.run import HOLDS, check_clause
 CLAUSES = [(contract, clause) for contract in CONTRACTS for clause in clauses(contract)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_compiled(device):
+    """Where Triton serves, its hook, which hears of every compilation ahead, hears of none after warmup()."""
+    advance_step.warmup(device)
+    if advance_step.backend_info()["devices"]["cuda"]["executor"] != "triton":
+        yield
+        return
+    import triton
+
+    compiled = []
+    triton.knobs.runtime.jit_cache_hook = lambda **told: compiled.append(told["repr"])
+    yield
+    triton.knobs.runtime.jit_cache_hook = None
+    assert compiled == []
+
+
 @pytest.mark.parametrize(("contract", "clause"), CLAUSES)
 def test_operator_holds(device, contract, clause):
     result = check_clause(getattr(advance_step, CONTRACTS[contract].operator), contract, clause, device)

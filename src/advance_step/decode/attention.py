@@ -18,7 +18,8 @@ from advance_step.decode.cache import PagedKVCache
 PAGED = "advance_step_paged"
 
 # Up to this many keys in the batch (rows * length) SDPA on the CPU is faster than two batched matmuls, which have a
-# fixed cost of about 80 us; beyond it SDPA falls behind, by 2x at 32 rows (bfloat16 and float32, 2 cores).
+# fixed cost of about 80 us; beyond it SDPA falls behind, by 2x at 32 rows (bfloat16 and float32, 2 cores). Compiled,
+# the matmuls are as fast from the first key on, and a choice by length would be a recompile.
 SDPA_MAX_KEYS = 512
 
 
@@ -108,7 +109,8 @@ def paged_attention(
     kv_heads, length = keys.shape[1:3]
     mask = paged.mask(length, sliding_window, query.dtype)
     grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)  # heads that share keys attend as one
-    if softcap is None and (query.device.type != "cpu" or batch * length <= SDPA_MAX_KEYS):
+    few = not torch.compiler.is_compiling() and batch * length <= SDPA_MAX_KEYS
+    if softcap is None and (few or query.device.type != "cpu"):
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     else:
         out = _matmul_attention(grouped, keys, values, mask, scaling, softcap)

@@ -89,7 +89,7 @@ class Decoder:
         self.cache = PagedKVCache.allocate(
             config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim, model.dtype, model.device
         )
-        # One column more than is ever read: a view of all columns is contiguous, for which the step would be recompiled.
+        # One column more than is ever read: a view of all columns is contiguous, which would recompile the step.
         self.state = BatchState.allocate(batch_size, max_pages + 1, self.cache.spare_page, model.device)
         self.rows: list[Request] = []  # request of each live row
         self.figures = Figures()

@@ -37,7 +37,9 @@ def progress_line(decoder: Decoder) -> str:
 
 def summary(figures: Figures, finished: int) -> str:
     """The line of figures that a run ends with."""
-    line = f"{finished} prompt{'s' * (finished != 1)}, {figures.tokens} tokens in {figures.seconds:.1f} s"
+    prompts = "1 prompt" if finished == 1 else f"{finished} prompts"
+    tokens = "1 token" if figures.tokens == 1 else f"{figures.tokens} tokens"
+    line = f"{prompts}, {tokens} in {figures.seconds:.1f} s"
     if figures.steps:
         step = f"{figures.decode_seconds / figures.steps * 1e3:.1f} ms per step"
         share = f"{figures.advance_seconds / figures.decode_seconds:.2%} of it advancing"

@@ -47,7 +47,7 @@ def count_pages_kernel(
         column = position // block_size  # rounds toward 0
         offset = position - column * block_size
         offset = tl.where(offset < 0, offset + block_size, offset)
-        bound = tl.where(position < 0, 0, tl.minimum(tl.maximum(column + 1, 0), columns))
+        bound = tl.where(position < 0, 0, tl.minimum(column, columns - 1) + 1)
         end = before + tl.cumsum(bound, 0)
         before += tl.sum(bound, 0)
         tl.store(paged_kv_indptr + (row + 1) * paged_kv_indptr_stride, end.to(tl.int32), mask=row < num_seqs)
