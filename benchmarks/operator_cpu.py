@@ -102,11 +102,22 @@ def bars(hot: dict[int, dict[str, float]], family: dict[int, dict[str, float]]) 
         ratio("native (torch.ops) / no-op on the stable ABI, 256 rows", at["native"], at["no-op stable ABI"], 1.35),
         ratio("public function / C++ no-op of the same schema, 256 rows", at["public"], at["no-op C++"], 1.6),
         ratio("eager torch ops / native, 256 rows", at["eager torch"], at["native"], 7, at_least=True),
-        ratio("advance_until_stop / advance_step_flashattn, 256 rows", family[256]["until_stop"], family[256]["plain"], 1.5),
-        ratio("no-op of advance_until_stop's schema / plain, 256 rows", family[256]["until_stop no-op"], family[256]["plain"]),
+        ratio(
+            "advance_until_stop / advance_step_flashattn, 256 rows",
+            family[256]["until_stop"],
+            family[256]["plain"],
+            1.5,
+        ),
+        ratio(
+            "no-op of advance_until_stop's schema / plain, 256 rows",
+            family[256]["until_stop no-op"],
+            family[256]["plain"],
+        ),
     ]
     if most > 65_536:
-        lines.append(ratio(f"native / copying as many bytes, {most:,} rows", hot[most]["native"], hot[most]["copy"], 2.5))
+        lines.append(
+            ratio(f"native / copying as many bytes, {most:,} rows", hot[most]["native"], hot[most]["copy"], 2.5)
+        )
     for rows, times in family.items():
         if "vllm eagle" in times:
             lines.append(ratio(f"eagle / vLLM's compiled, {rows:,} rows", times["eagle"], times["vllm eagle"], 1.0))

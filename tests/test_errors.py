@@ -83,16 +83,16 @@ REFUSALS = [
         "seq_lens",
         torch.tensor([3, 64, 70, 1, 1, 1, 1, 1]),
         ValueError,
-        "seq_lens: expected 0 <= position < W * block_size with block_tables [8, W], W=4, block_size=16 in every live row, "
-        "got position 64 in row 1",
+        "seq_lens: expected 0 <= position < W * block_size with block_tables [8, W], W=4, block_size=16 in every "
+        "live row, got position 64 in row 1",
     ),
     (
         "npu_advance_step_flashattn",
         "seq_lens",
         torch.tensor([3, 3, -5, 1, 1, 1, 1, 1]),
         ValueError,
-        "seq_lens: expected 0 <= position < W * block_size with block_tables [8, W], W=4, block_size=16 in every live row, "
-        "got position -5 in row 2",
+        "seq_lens: expected 0 <= position < W * block_size with block_tables [8, W], W=4, block_size=16 in every "
+        "live row, got position -5 in row 2",
     ),
     (
         "npu_advance_step_flashattn (speculative)",
@@ -120,8 +120,8 @@ REFUSALS = [
         "accepted_num",
         torch.tensor([2, 54, 0, 0]),
         ValueError,
-        "input_positions: expected 0 <= position < W * block_size with block_tables [4, W], W=4, block_size=16 in every "
-        "live row, got position 64 in row 1",
+        "input_positions: expected 0 <= position < W * block_size with block_tables [4, W], W=4, block_size=16 in "
+        "every live row, got position 64 in row 1",
     ),
     (
         "advance_step_flashattn",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,6 +61,16 @@ def backend_info() -> dict[str, Any]:
     }
 
 
+def describe() -> str:
+    """Versions, then a line per device: what serves it, and why."""
+    found = backend_info()
+    lines = [f"advance-step {found['advance_step']}, torch {found['torch']}, Python {found['python']}"]
+    if found["forced"]:
+        lines[0] += f", ADVANCE_STEP_BACKEND={found['forced']}"
+    lines += [f"{device:<5} {by['executor']:<10} {by['why']}" for device, by in found["devices"].items()]
+    return "\n".join(lines)
+
+
 def warmup(device: torch.device | str | int) -> None:
     """Compiles ahead whatever serving on `device` would compile: all of Triton's kernels where Triton serves it.
 
@@ -101,7 +110,9 @@ def _load_native() -> str:
     try:
         torch.ops.load_library(cores[0])
     except OSError as error:
-        warnings.warn(f"advance_step: {cores[0].name} does not load with torch {torch.__version__}: {error}", stacklevel=4)
+        warnings.warn(
+            f"advance_step: {cores[0].name} does not load with torch {torch.__version__}: {error}", stacklevel=4
+        )
         return f"{cores[0].name} does not load: {error}"
     return ""
 

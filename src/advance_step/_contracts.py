@@ -23,7 +23,7 @@ def npu_host(call: Call) -> None:
     num_seqs, num_queries = call.sizes["num_seqs"], call.sizes["num_queries"]
     if call.arguments["spec_token"] is None and call.arguments["accepted_num"] is None:
         call.demand("num_queries", num_queries < num_seqs, f"num_queries < num_seqs with num_seqs={num_seqs}")
-        state = ("[num_seqs]",)
+        state: tuple[str, ...] = ("[num_seqs]",)
         call.tensor("input_tokens", INT64, *state)
         call.tensor("sampled_token_ids", INT64, "[num_queries, 1]")
     else:
@@ -106,7 +106,9 @@ def eagle_host(call: Call) -> None:
     if call.arguments["input_batch_size"] is None:
         call.sizes["input_batch_size"] = call.sizes["batch_size"]
     batch_size, padded = call.sizes["batch_size"], call.sizes["input_batch_size"]
-    call.demand("input_batch_size", padded >= batch_size, f"input_batch_size >= batch_size with batch_size={batch_size}")
+    call.demand(
+        "input_batch_size", padded >= batch_size, f"input_batch_size >= batch_size with batch_size={batch_size}"
+    )
     call.tensor("block_table_tensor", INTS, "[>= batch_size, W]")
     call.tensor("seq_lens", INTS, "[>= batch_size]")
     call.tensor("out_clamped_positions", INTS, "[>= batch_size]")

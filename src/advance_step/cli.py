@@ -17,9 +17,9 @@ def main() -> None:
 @app.command()
 def info() -> None:
     """Versions, and which executor serves each device, and why."""
-    from advance_step.__main__ import info as found
+    from advance_step._backends import describe
 
-    print(found())
+    print(describe())
 
 
 @app.command()

@@ -7,6 +7,7 @@ themselves, a line per argument, are in `_contracts.py`.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ class Call:
             self.arguments[name] = value
             if isinstance(value, list | tuple):
                 self.arguments |= {f"{name}[{i}]": item for i, item in enumerate(value)}
-        self.sizes = {name: v for name, v in self.arguments.items() if isinstance(v, int | torch.SymInt)}
+        # An int, or what stands for one while a graph is traced.
+        self.sizes: dict[str, Any] = {n: v for n, v in self.arguments.items() if isinstance(v, int | torch.SymInt)}
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.arguments[name]
@@ -93,7 +95,9 @@ class Call:
                 if _meets(tensors[name], tensors[other]) and not (
                     (name, other) in same and _is_start_of(tensors[other], tensors[name])
                 ):
-                    raise self.refusal(name, f"memory of its own, since it is written, apart from {other}", "shared memory")
+                    raise self.refusal(
+                        name, f"memory of its own, since it is written, apart from {other}", "shared memory"
+                    )
 
     def positions(self, name: str, rows: int, table: str, steps: str | None = None) -> None:
         """Refuses data: a row of `name` (of the first `rows`) whose next position has no place in block table `table`.

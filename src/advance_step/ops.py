@@ -24,7 +24,8 @@ from torch import Tensor
 
 from advance_step._schema import explained
 
-# fmt: off  (argument lists in lines, not in columns)
+# Argument lists in lines, not in columns.
+# fmt: off
 _npu = torch.ops.advance_step.npu_advance_step_flashattn.default
 _flashattn = torch.ops.advance_step.advance_step_flashattn.default
 _flashinfer = torch.ops.advance_step.advance_step_flashinfer.default

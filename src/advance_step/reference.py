@@ -196,7 +196,9 @@ def advance_until_stop_ref(
 
     full = (num_generated < 0) | (num_generated >= output_tokens.size(1))
     stopped = (token[:, None] == stop_token_ids[None, :]).any(1)
-    longest = (position >= max_seq_lens) | (position + 1 >= max_seq_lens) | (seq_lens == torch.iinfo(seq_lens.dtype).max)
+    longest = (
+        (position >= max_seq_lens) | (position + 1 >= max_seq_lens) | (seq_lens == torch.iinfo(seq_lens.dtype).max)
+    )
     no_page = torch.stack([slot == PAD_SLOT for slot in group_slots]).any(0)
 
     # As plain ints: torch.compile takes a tensor compared with an enum for a constant.
