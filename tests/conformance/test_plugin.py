@@ -21,7 +21,7 @@ fine = right.implementation("eagle")
 
 
 def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    pytester.makepyfile(kernels=TARGETS)
+    pytester.makepyfile(their_kernels=TARGETS)
     pytester.syspathinsert()
     pytester.syspathinsert(Path(__file__).parent)
     installed = any(plugin.value == "_advance_step_pytest" for plugin in entry_points(group="pytest11"))
@@ -29,7 +29,11 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 
 def test_a_test_per_clause(pytester: pytest.Pytester) -> None:
-    arguments = ("--advance-step-target=kernels:fine", "--advance-step-contract=eagle", "--advance-step-skip=no-rows")
+    arguments = (
+        "--advance-step-target=their_kernels:fine",
+        "--advance-step-contract=eagle",
+        "--advance-step-skip=no-rows",
+    )
     result = run(pytester, *arguments)
     result.assert_outcomes(passed=len(clauses("eagle")) - 1, skipped=1)
     lines = [
@@ -41,7 +45,7 @@ def test_a_test_per_clause(pytester: pytest.Pytester) -> None:
 
 def test_a_failure_names_the_deviation_and_the_sentence(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_theirs="def test_own(): pass\ndef test_other(): pass")
-    result = run(pytester, "--advance-step-target=kernels:row_0", "--advance-step-contract=vllm", "-k", "own")
+    result = run(pytester, "--advance-step-target=their_kernels:row_0", "--advance-step-contract=vllm", "-k", "own")
     result.assert_outcomes(passed=1, failed=1, deselected=len(clauses("vllm")))
     result.stdout.fnmatch_lines(
         [
@@ -62,13 +66,16 @@ def test_without_the_option_nothing_is_added(pytester: pytest.Pytester) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--advance-step-target=kernels:fine"], "--advance-step-target needs --advance-step-contract"),
-        (["--advance-step-target=kernels:fine", "--advance-step-contract=eagel"], "contract: expected one of npu*"),
-        (["--advance-step-target=kernels", "--advance-step-contract=eagle"], "expected package.module:function*"),
-        (["--advance-step-target=no_such:f", "--advance-step-contract=eagle"], "No module named 'no_such'"),
-        (["--advance-step-target=kernels:f", "--advance-step-contract=eagle"], "*has no attribute 'f'"),
+        (["--advance-step-target=their_kernels:fine"], "--advance-step-target needs --advance-step-contract"),
         (
-            ["--advance-step-target=kernels:fine", "--advance-step-contract=eagle", "--advance-step-skip=all"],
+            ["--advance-step-target=their_kernels:fine", "--advance-step-contract=eagel"],
+            "contract: expected one of npu*",
+        ),
+        (["--advance-step-target=their_kernels", "--advance-step-contract=eagle"], "expected package.module:function*"),
+        (["--advance-step-target=no_such:f", "--advance-step-contract=eagle"], "No module named 'no_such'"),
+        (["--advance-step-target=their_kernels:f", "--advance-step-contract=eagle"], "*has no attribute 'f'"),
+        (
+            ["--advance-step-target=their_kernels:fine", "--advance-step-contract=eagle", "--advance-step-skip=all"],
             "skip: expected clauses of eagle: *; got all",
         ),
     ],
