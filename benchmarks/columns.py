@@ -23,14 +23,15 @@ Call = Callable[[], object]
 class State:
     """A batch of `rows` live rows and one padding row, with room for `steps` steps from reset() on."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, width: int = WIDTH) -> None:
         generator = torch.Generator().manual_seed(rows)
         self.rows, self.steps = rows, 500
+        self.block_size = BLOCK_SIZE * WIDTH // width
         self.start = torch.randint(0, BLOCK_SIZE * WIDTH - self.steps - 1, (rows + 1,), generator=generator)
         self.sampled = torch.randint(0, 50_000, (rows, 1), generator=generator)
         self.tokens, self.positions, self.slots = (torch.zeros(rows + 1, dtype=torch.int64) for _ in range(3))
         self.lens = self.start.clone()
-        self.tables = torch.randperm((rows + 1) * WIDTH, generator=generator).reshape(rows + 1, WIDTH)
+        self.tables = torch.randperm((rows + 1) * width, generator=generator).reshape(rows + 1, width)
         self.status = torch.zeros(rows + 1, dtype=torch.int32)
         self.output = torch.zeros(rows + 1, 64, dtype=torch.int64)
         self.generated = torch.zeros(rows + 1, dtype=torch.int64)
@@ -46,7 +47,7 @@ class State:
     @property
     def npu(self) -> tuple[Any, ...]:
         tensors = (self.tokens, self.sampled, self.positions, self.lens, self.slots, self.tables)
-        return (*tensors, self.rows + 1, self.rows, BLOCK_SIZE)
+        return (*tensors, self.rows + 1, self.rows, self.block_size)
 
     @property
     def plain(self) -> tuple[Any, ...]:

@@ -50,7 +50,7 @@ def judge_random(contract, clause):
     return Random(f"2/{contract}/{clause}")
 
 
-@pytest.mark.parametrize("rows", [16384, 16385, 40000])
+@pytest.mark.parametrize("rows", [8192, 8193, 40000])
 def test_rows_in_parallel(rows):
     """Above the native core's grain several threads share the rows; each must get its own."""
     generator = torch.Generator().manual_seed(rows)

@@ -111,14 +111,14 @@ struct FlashInferPages {
 };
 
 // eagle_step_update_slot_mapping_and_metadata
-template <class Position, class Len, class Page>
+template <class Position, class Len, class Page, class Stride>
 struct EagleStep {
   int64_t batch_size, max_model_len;
-  Vector<const Position> positions;
-  BlockTable<Matrix<const Page>> block_table;
-  Vector<Len> seq_lens;
-  Vector<Position> out_clamped_positions;
-  Vector<int64_t> out_slot_mapping;
+  Vector<const Position, Stride> positions;
+  BlockTable<Matrix<const Page, Stride>> block_table;
+  Vector<Len, Stride> seq_lens;
+  Vector<Position, Stride> out_clamped_positions;
+  Vector<int64_t, Stride> out_slot_mapping;
 
   ADVANCE_STEP_FN void row(int64_t i) const {
     if (i >= batch_size) {

@@ -7,7 +7,7 @@ namespace advance_step {
 namespace {
 
 // Rows below which a second thread costs more than it saves (benchmarks/operator_cpu.py --grain).
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kGrain = 8192;
 
 // f(begin, end) over [0, n), in parallel above the grain.
 template <class F>

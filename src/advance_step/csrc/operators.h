@@ -196,15 +196,19 @@ void eagle_step(StableIValue* stack, uint64_t, uint64_t) {
       with_int_type(table, [&](auto page) {
         using Position = decltype(position);
         using Len = decltype(len);
-        using Table = BlockTable<Matrix<const decltype(page)>>;
-        const EagleStep<Position, Len, decltype(page)> step{batch_size,
+        using Page = decltype(page);
+        Executor::with_stride({&positions, &seq_lens, &table, &out_positions, &out_slots}, [&](auto stride) {
+          using Stride = decltype(stride);
+          using Table = BlockTable<Matrix<const Page, Stride>>;
+          const EagleStep<Position, Len, Page, Stride> step{batch_size,
                                                             max_model_len,
-                                                            positions.vector<const Position>(),
-                                                            Table::of(table.matrix<const decltype(page)>(), block_size),
-                                                            seq_lens.vector<Len>(),
-                                                            out_positions.vector<Position>(),
-                                                            out_slots.vector<int64_t>()};
-        Executor(positions).rows(step, rows);
+                                                            positions.vector<const Position, Stride>(),
+                                                            Table::of(table.matrix<const Page, Stride>(), block_size),
+                                                            seq_lens.vector<Len, Stride>(),
+                                                            out_positions.vector<Position, Stride>(),
+                                                            out_slots.vector<int64_t, Stride>()};
+          Executor(positions).rows(step, rows);
+        });
       });
     });
   });
