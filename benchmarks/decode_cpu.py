@@ -7,6 +7,8 @@ without stop tokens, so that every column makes the same number of steps. genera
 and left padding. The columns take turns, run by run; a run is warmed by its first two steps. A figure is the median
 time of a step over all runs; a ratio is the median over the rounds of the ratio within a round, so that a drift of the
 machine meets both sides. Prefill is not in it. Writes benchmarks/results/decode-cpu-<date>.md.
+For the compiled column give one number of rows a run: a second one compiled in the same process was measured at half
+its speed.
 """
 
 from __future__ import annotations
