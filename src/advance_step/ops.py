@@ -24,7 +24,6 @@ from torch import Tensor
 
 from advance_step._schema import explained
 
-# Argument lists in lines, not in columns.
 # fmt: off
 _npu = torch.ops.advance_step.npu_advance_step_flashattn.default
 _flashattn = torch.ops.advance_step.advance_step_flashattn.default
@@ -311,7 +310,6 @@ def advance_until_stop(
         ValueError, DtypeError: as the module says. A position without a page is no error here, but NO_PAGE.
 
     Sharing: sampled_token_ids may be the very memory of input_tokens.
-    Source: this library.
     """
     try:
         _until_stop(
