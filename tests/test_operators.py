@@ -7,6 +7,7 @@ values from plain Python. tests/test_executors.py runs this file again on every 
 from __future__ import annotations
 
 import doctest
+from random import Random
 
 import pytest
 import torch
@@ -38,16 +39,10 @@ def test_reference_holds_as_on_an_accelerator(contract, clause, monkeypatch):
     """The twins check nothing: a row out of place gets the pad slot, and nothing is written out of place."""
     monkeypatch.setattr(judge, "checks_data", lambda device: False)
     twin = getattr(reference, f"{CONTRACTS[contract].operator}_ref")
-    for case in clauses(contract)[clause].cases(judge_random(contract, clause)):
+    for case in clauses(contract)[clause].cases(Random(f"2/{contract}/{clause}")):
         if not case.refused:
             fault = judge.judge(case, twin, "cpu")
             assert fault is None, fault.detail
-
-
-def judge_random(contract, clause):
-    from random import Random
-
-    return Random(f"2/{contract}/{clause}")
 
 
 @pytest.mark.parametrize("rows", [8192, 8193, 40000])

@@ -98,7 +98,7 @@ def _no_kernels(device: str) -> str:
 
 
 def _has_kernel(key: str) -> bool:
-    name = _schema.OPERATORS[0].schema.split("(")[0]
+    name = _schema.name_of(_schema.OPERATORS[0])
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"advance_step::{name}", key)
 
 
@@ -134,7 +134,7 @@ def _triton_off(device: str) -> str:
 
 def _attach_triton(device: str, key: str) -> None:
     for operator in _schema.OPERATORS:
-        name = operator.schema.split("(")[0]
+        name = _schema.name_of(operator)
 
         def kernel(*args: Any, _name: str = name, **kwargs: Any) -> None:
             from advance_step import kernels  # imports triton; warmup() does so ahead of the first call

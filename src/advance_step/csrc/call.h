@@ -8,11 +8,10 @@
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <type_traits>
 
 #include "advance.h"
 

@@ -1,4 +1,5 @@
 // The CPU: everything is checked before the first write, then one pass over the rows.
+#include <algorithm>
 #include <atomic>
 
 #include "operators.h"
