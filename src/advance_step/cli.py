@@ -33,10 +33,17 @@ def generate(
     model: Annotated[
         str | None, typer.Option(help="A transformers directory or a .gguf file.", show_default="SmolLM2-135M-Instruct")
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to decode: cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for each prompt, at most.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are decoded together.")] = 8,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens in a page of the KV cache.")] = 16,
+    block_size: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a page of the KV cache.", show_default="16; 256 on a GPU")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps between two looks of the host at the rows.", show_default="1; 8 on a GPU"),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not put prompts into the model's chat template.")] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the decode step: a minute or two, then faster.")
@@ -53,7 +60,7 @@ def generate(
         if missing not in ("transformers", "rich"):
             raise
         sys.exit(f'advance-step generate: {missing} is not installed: pip install "advance-step[models]"')
-    settings = job.Settings(model, dtype, max_new_tokens, batch_size, block_size, raw, compile, verify)
+    settings = job.Settings(model, device, dtype, max_new_tokens, batch_size, block_size, window, raw, compile, verify)
     try:
         code = job.generate(prompts or [], input, output, resume, settings)
     except (ValueError, OSError) as error:

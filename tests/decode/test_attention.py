@@ -41,7 +41,7 @@ def test_decode_step(rows, window, softcap):
     slots = tables.gather(1, positions[:, None] // BLOCK_SIZE)[:, 0] * BLOCK_SIZE + positions % BLOCK_SIZE
     query = torch.randn(rows, HEADS, 1, HEAD_DIM)
     key, value = torch.randn(2, rows, KV_HEADS, 1, HEAD_DIM).unbind(0)
-    step = DecodeStep(cache, cache.write_index(slots), cache.read_index(tables), positions)
+    step = DecodeStep(cache, cache.write_index(slots), tables, positions, positions + 1, None, cache.read_index(tables))
     options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
     out, weights = paged_attention(LAYER, query, key, value, None, paged=step, **options)
 

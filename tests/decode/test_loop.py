@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, decoder_for, generate, requests_for, run, tiny_model
+from tiny_models import FAMILIES, decoder_for, generate, requests_for, run, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from advance_step.decode.attention import PAGED
+from advance_step.decode.graphs import StepGraphs, doubling
 from advance_step.decode.loop import Request, pages_for
+from advance_step.decode.paged_kernels import PagedKernel, varlen_pages
 from advance_step.decode.prompts import encode
 
 TEXTS = ["Why is the sky blue?", "Hi", "Name the largest planet, and say in one sentence what it is made of."]
@@ -29,11 +34,12 @@ def test_page_sizes_and_permuted_tables(llama, prompts, llama_tokens, block_size
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])  # rows refilled one by one; in turns; more rows than prompts
 @pytest.mark.parametrize("static_rows", [False, True])  # True: padding rows run through the model
-def test_rows_come_and_go(llama, prompts, batch_size, static_rows):
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_rows_come_and_go(llama, prompts, batch_size, static_rows, window):
     lengths = [7, 1, 20, 3, 9, 2, 12]
     requests = [Request(i, p, n) for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))]
     expected = [generate(llama, p, n) for p, n in zip(prompts, lengths, strict=True)]
-    decoder = decoder_for(llama, batch_size=batch_size)
+    decoder = decoder_for(llama, batch_size=batch_size, window=window)
     decoder.static_rows = static_rows
     assert run(decoder, requests) == expected
     assert {request.finish_reason for request in requests} == {"length"}
@@ -46,11 +52,12 @@ def test_families(family, prompts):
     assert run(decoder_for(model, block_size=4), requests_for(prompts, 12)) == expected
 
 
-def test_stop_tokens_end_a_row_and_are_kept(llama, prompts, llama_tokens):
+@pytest.mark.parametrize("window", [1, 8])
+def test_stop_tokens_end_a_row_and_are_kept(llama, prompts, llama_tokens, window):
     stop = [llama_tokens[0][3], llama_tokens[3][0]]  # in the middle of one text, and the first token of another
     expected = [generate(llama, prompt, 20, stop) for prompt in prompts]
     requests = requests_for(prompts, 20)
-    assert run(decoder_for(llama, stop_token_ids=stop), requests) == expected
+    assert run(decoder_for(llama, stop_token_ids=stop, window=window), requests) == expected
     assert [r.finish_reason for r in requests] == ["stop" if r.tokens[-1] in stop else "length" for r in requests]
     assert requests[3].tokens == [stop[1]]
 
@@ -98,19 +105,71 @@ def test_figures_count(llama, prompts):
     assert 0 < decoder.figures.advance_seconds < decoder.figures.decode_seconds < decoder.figures.seconds
 
 
-def test_a_step_does_not_read_the_device(llama, prompts):
-    class NoReads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-            return func(*args, **(kwargs or {}))
+def test_the_host_looks_once_per_window(llama, prompts):
+    decoder = decoder_for(llama, window=8)
+    looks, look = [], decoder.state.look
+    decoder.state.look = lambda rows: looks.append(rows) or look(rows)
+    run(decoder, requests_for(prompts[:4], 20))
+    assert decoder.figures.steps == 19  # the first tokens come with the prompts; the last window is cut short
+    assert len(looks) == 1 + 3
 
-    decoder = decoder_for(llama)
-    run_ = decoder.run(requests_for(prompts[:4], 20))
-    next(run_)
-    state = decoder.state
-    with NoReads(), torch.inference_mode():
-        tokens = decoder.forward(state.input_tokens, state.input_positions, state.slot_mapping, state.block_tables)
-    assert tokens.shape == (4,)
+
+def test_steps_replayed_at_captured_sizes(llama, prompts):
+    """As on a GPU, but that a replay is a call: more rows and wider tables than are live, and padding in between."""
+    lengths = [7, 1, 20, 3, 9, 2, 12]
+    requests = [Request(i, p, n) for i, (p, n) in enumerate(zip(prompts, lengths, strict=True))]
+    decoder = decoder_for(llama, batch_size=5, window=4)
+    replayed = []
+
+    def step(rows, pages):
+        replayed.append((rows, pages))
+        decoder._step(rows, pages)
+
+    sizes = [(rows, pages) for rows in doubling(1, 5) for pages in doubling(1, 4)]
+    decoder.graphs = StepGraphs({size: partial(step, *size) for size in sizes})
+    assert run(decoder, requests) == [generate(llama, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    assert {(5, 2), (4, 4), (1, 2)} <= set(replayed) <= set(sizes)
+
+
+def test_captured_sizes():
+    assert doubling(1, 6) == [1, 2, 4, 6]
+    assert doubling(8, 5) == [5]
+    graphs = StepGraphs(dict.fromkeys([(8, 4), (8, 2), (1, 4), (1, 2)], lambda: None))
+    assert [graphs.fit(*size) for size in [(1, 1), (1, 3), (2, 2), (8, 4)]] == [(1, 2), (1, 4), (8, 2), (8, 4)]
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses an operator that reads a value back to the host, or meets a tensor that lies there.
+
+    On torch's meta device the former has no kernel: there are no values.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]:
+            assert tensor.device.type == "meta", f"{func} meets a tensor on {tensor.device}"
+        return out
+
+
+@pytest.mark.parametrize("kernel", [None, PagedKernel("varlen", varlen_pages)], ids=["gathered", "varlen"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_device_work_only(family, kernel):
+    """What a graph captures: the host reads nothing, and copies nothing to the device."""
+    model = tiny_model(family).to(torch.bfloat16).to("meta")
+    model.set_attn_implementation(PAGED)
+    decoder = decoder_for(model, block_size=256, max_seq_len=600, stop_token_ids=[3], window=8)
+    decoder.kernel = kernel
+    with OnDevice(), torch.inference_mode():
+        decoder._step(4, 3)
+        decoder._step(2, 1)
+
+
+def test_host_work_in_a_step_is_seen():
+    with OnDevice():
+        with pytest.raises(RuntimeError, match="item"):
+            torch.zeros(1, device="meta").item()
+        with pytest.raises(AssertionError, match="on cpu"):
+            torch.tensor([1]).to("meta")
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="no compiler")
@@ -120,6 +179,21 @@ def test_compiled_once_as_lengths_grow(llama, prompts, llama_tokens):
     decoder = decoder_for(llama, compile=True)
     assert run(decoder, requests_for(prompts, 20)) == llama_tokens
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_once_for_all_captured_sizes(llama):
+    """And once more for a single row. (What the compiler is given is the same whatever it makes of it.)"""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    llama.set_attn_implementation(PAGED)
+    decoder = decoder_for(llama, batch_size=8, max_seq_len=128)
+    decoder.compiled = True
+    decoder.forward = torch.compile(decoder._forward, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        for rows in (8, 4, 2, 1):
+            for pages in (8, 4, 2):
+                decoder._step(rows, pages)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_models_without_the_attention_interface_are_refused():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_models import tiny_model
 
 from advance_step.decode.model import cache_directory, load_model, model_directory, stop_token_ids
 

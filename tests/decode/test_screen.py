@@ -38,4 +38,6 @@ def test_summary():
     figures = Figures(steps=10, tokens=50, prefill_seconds=1.0, decode_seconds=4.0, advance_seconds=0.002)
     line = "3 prompts, 50 tokens in 5.0 s: 10.0 tokens/s, 400.0 ms per step, 0.05% of it advancing"
     assert summary(figures, 3) == line
+    figures.advance_seconds = 0.0
+    assert summary(figures, 3) == "3 prompts, 50 tokens in 5.0 s: 10.0 tokens/s, 400.0 ms per step"
     assert summary(Figures(tokens=1, prefill_seconds=0.5), 1) == "1 prompt, 1 token in 0.5 s"

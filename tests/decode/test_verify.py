@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import decoder_for, requests_for, run
+from tiny_models import decoder_for, requests_for, run
 
 from advance_step.decode.verify import differing
 

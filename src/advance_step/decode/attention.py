@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.paged_kernels import PagedKernel
 
 PAGED = "advance_step_paged"
 
@@ -53,8 +54,11 @@ class DecodeStep:
 
     cache: PagedKVCache
     write_index: Tensor
-    read_index: Tensor
+    block_tables: Tensor  # [rows, pages]
     input_positions: Tensor  # [rows]
+    seq_lens: Tensor  # [rows]
+    kernel: PagedKernel | None  # reads the pages itself; None: they are gathered
+    read_index: Tensor | None  # where they lie, then; the same in all layers
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window; layers share them
 
     def mask(self, length: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
@@ -104,17 +108,30 @@ def paged_attention(
         paged.layers.add(layer)
         return _prefill(query, key, value, paged.lengths, scaling, sliding_window, softcap), None
 
-    batch, heads, _, head_dim = query.shape
-    keys, values = paged.cache.read(layer, paged.read_index, batch)
+    if paged.kernel is not None:
+        keys, values = paged.cache.pages(layer)
+        tables, seq_lens = paged.block_tables, paged.seq_lens
+        query = query.transpose(1, 2)
+        return paged.kernel.attend(query, keys, values, tables, seq_lens, scaling, sliding_window, softcap), None
+    return _gathered(query, layer, paged, scaling, sliding_window, softcap), None
+
+
+def _gathered(
+    query: Tensor, layer: int, step: DecodeStep, scaling: float, sliding_window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention of one token a row to all pages in its table's columns, copied one after the other."""
+    rows, heads, _, head_dim = query.shape
+    assert step.read_index is not None
+    keys, values = step.cache.read(layer, step.read_index, rows)
     kv_heads, length = keys.shape[1:3]
-    mask = paged.mask(length, sliding_window, query.dtype)
-    grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)  # heads that share keys attend as one
-    few = not torch.compiler.is_compiling() and batch * length <= SDPA_MAX_KEYS
+    mask = step.mask(length, sliding_window, query.dtype)
+    grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)  # heads that share keys attend as one
+    few = not torch.compiler.is_compiling() and rows * length <= SDPA_MAX_KEYS
     if softcap is None and (few or query.device.type != "cpu"):
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     else:
         out = _matmul_attention(grouped, keys, values, mask, scaling, softcap)
-    return out.reshape(batch, 1, heads, head_dim), None
+    return out.reshape(rows, 1, heads, head_dim)
 
 
 def _prefill(

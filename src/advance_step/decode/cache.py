@@ -64,6 +64,11 @@ class PagedKVCache:
         plane = torch.arange(two * kv_heads, device=block_tables.device).view(two, 1, kv_heads, 1)
         return (block_tables[:, None, :] * (two * kv_heads) + plane).flatten()  # of [2, rows, kv_heads, pages]
 
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all pages as they lie there, each [num_pages + 1, block_size, kv_heads, head_dim]."""
+        keys, values = self.layers[layer].transpose(2, 3).unbind(1)
+        return keys, values
+
     def write(self, layer: int, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values [batch, kv_heads, length, head_dim] at `index` (of the batch * length tokens)."""
         head_dim = keys.shape[-1]

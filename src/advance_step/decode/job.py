@@ -22,10 +22,12 @@ class Settings:
     """How to decode; each field is the option of `advance-step generate` of that name."""
 
     model: str | None
+    device: str
     dtype: str
     max_new_tokens: int
     batch_size: int
-    block_size: int
+    block_size: int | None
+    window: int | None
     raw: bool
     compile: bool
     verify: int
@@ -43,6 +45,7 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
         )
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype}")
+    settings = _for_device(settings)
     prompts = read_prompts(input) if input else [Prompt(number, text) for number, text in enumerate(texts, 1)]
     if output:
         prompts = _unfinished(prompts, output, resume)
@@ -50,10 +53,12 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
             say(f"{output} has every prompt already")
             return 0
     disable_progress_bar()  # transformers' own
-    model, tokenizer = load_model(settings.model, DTYPES[settings.dtype], say)
+    model, tokenizer = load_model(settings.model, DTYPES[settings.dtype], say, settings.device)
     context = model.config.get_text_config().max_position_embeddings
     requests = [to_request(tokenizer, prompt, settings.raw, settings.max_new_tokens, context) for prompt in prompts]
     decoder = decoder_for(model, requests, settings)
+    if decoder.captured:
+        say(f"on {settings.device}: steps captured in CUDA graphs, attention by {decoder.attention}")
     finished: list[Request] = []
     try:
         _decode(decoder, prompts, requests, tokenizer, output, finished)
@@ -67,6 +72,7 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
 
 def decoder_for(model: Any, requests: list[Request], settings: Settings) -> Decoder:
     """A decoder with rows and pages for these requests, and no more."""
+    assert settings.block_size and settings.window
     batch_size = min(settings.batch_size, len(requests))
     return Decoder(
         model,
@@ -75,7 +81,22 @@ def decoder_for(model: Any, requests: list[Request], settings: Settings) -> Deco
         max_seq_len=max(request.max_seq_len for request in requests),
         num_pages=pages_for(requests, batch_size, settings.block_size),
         stop_token_ids=stop_token_ids(model),
+        window=settings.window,
         compile=settings.compile,
+    )
+
+
+def _for_device(settings: Settings) -> Settings:
+    """The settings with what they leave open, as it suits the device. ValueError for a device that is not there."""
+    try:
+        kind = torch.empty(0, device=settings.device).device.type
+    except (RuntimeError, AssertionError) as error:  # torch says either, in words of its own
+        raise ValueError(f"--device: expected a device of this torch, got {settings.device} ({error})") from error
+    on_gpu = kind == "cuda"
+    return replace(
+        settings,
+        block_size=settings.block_size or (256 if on_gpu else 16),  # attention kernels ask for 256
+        window=settings.window or (8 if on_gpu else 1),
     )
 
 
@@ -127,7 +148,7 @@ def _decode(
 def _verified(requests: list[Request], model: Any, settings: Settings) -> int:
     """Say whether transformers' `generate` gives the same; in float32, where equality is to be expected."""
     if settings.dtype != "float32":
-        model, _ = load_model(settings.model, torch.float32, say)
+        model, _ = load_model(settings.model, torch.float32, say, settings.device)
         requests = [replace(request, tokens=[], pages=[], finish_reason=None) for request in requests]
         for _ in decoder_for(model, requests, replace(settings, compile=False)).run(requests):
             pass

@@ -1,4 +1,9 @@
-"""The decode loop: prompts come in as rows get free, and every step is advanced in place on the device."""
+"""The decode loop: prompts come in as rows get free, and every step is advanced in place on the device.
+
+The host looks at the rows once per window of steps. Between two looks it neither reads nor writes anything: each step
+runs the model, samples, and turns every row to its next token by `advance_until_stop`, which also knows which rows are
+done. On a GPU such a step is one CUDA graph.
+"""
 
 import time
 from collections import deque
@@ -9,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from advance_step import advance_step_flashattn
+from advance_step import RowStatus
+from advance_step.decode import paged_kernels
 from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_model
 from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.graphs import StepGraphs, capture, doubling
 from advance_step.decode.pages import PagePool
 from advance_step.decode.state import BatchState
 
@@ -20,6 +27,11 @@ PREFILL_TOKENS = 4096
 
 # The compiler takes sizes 0 and 1 for constants, so a table whose width shall vary never has one column.
 MIN_PAGES = 2
+
+# Tokens in the narrowest tables that a step is captured for, where the graph's width is what every row costs.
+MIN_CAPTURED_TOKENS = 128
+
+FINISH_REASON = {RowStatus.STOPPED: "stop", RowStatus.LENGTH: "length"}
 
 
 @dataclass
@@ -37,6 +49,11 @@ class Request:
     def max_seq_len(self) -> int:
         """Prompt and new tokens together, at most."""
         return len(self.prompt_ids) + self.max_new_tokens
+
+    @property
+    def seq_len(self) -> int:
+        """Prompt and new tokens together, so far."""
+        return len(self.prompt_ids) + len(self.tokens)
 
 
 @dataclass
@@ -58,11 +75,13 @@ class Figures:
 class Decoder:
     """Greedy decoding of requests in a batch of `batch_size` rows over a paged KV cache.
 
-    model: a transformers causal LM; `run` puts it on the paged attention function.
+    model: a transformers causal LM; `run` puts it on the paged attention function. On a GPU the decode step is
+        captured in CUDA graphs, when the first run begins.
     max_seq_len: prompt and new tokens together that a request may have.
     num_pages: pages of the cache. A request is admitted when there are pages for all that it may become, so that
         an admitted one never waits; `pages_for` counts what keeps every row busy.
     stop_token_ids: a row that samples one of them is finished; the token is kept.
+    window: steps between two looks of the host. A row that is done within a window stands still until its end.
     compile: compile the decode step (the first steps of each batch size then take as long as the compiler does).
     """
 
@@ -75,6 +94,7 @@ class Decoder:
         max_seq_len: int,
         num_pages: int,
         stop_token_ids: Iterable[int],
+        window: int = 1,
         compile: bool = False,
     ) -> None:
         check_model(model)
@@ -83,26 +103,38 @@ class Decoder:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        softcap = getattr(config, "attn_logit_softcapping", None) is not None
         self.model = model
-        self.stop_token_ids = frozenset(stop_token_ids)
+        self.window = window
         self.pool = PagePool(range(num_pages))
         self.cache = PagedKVCache.allocate(
             config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim, model.dtype, model.device
         )
         # One column more than is ever read: a view of all columns is contiguous, which would recompile the step.
-        self.state = BatchState.allocate(batch_size, max_pages + 1, self.cache.spare_page, model.device)
+        self.state = BatchState.allocate(
+            batch_size, max_pages + 1, window, list(stop_token_ids), block_size, self.cache.spare_page, model.device
+        )
         self.rows: list[Request] = []  # request of each live row
         self.figures = Figures()
-        self.static_rows = compile  # a compiled step runs the padding rows too, so that one binary serves every step
-        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU.
-        self.forward = (
-            torch.compile(self._forward, fullgraph=True, options={"freezing": True}) if compile else self._forward
-        )
+        self.kernel = paged_kernels.find(model.device, model.dtype, block_size, head_dim, softcap)
+        self.captured = model.device.type == "cuda"
+        self.graphs: StepGraphs | None = None
+        self.compiled = compile
+        # A step that is compiled and not captured runs the padding rows too, so that one binary serves every step.
+        self.static_rows = compile and not self.captured
+        self.forward = torch.compile(self._forward, **self._compile_options()) if compile else self._forward
+
+    @property
+    def attention(self) -> str:
+        """What attends to the pages in a decode step."""
+        return self.kernel.name if self.kernel else "SDPA over gathered pages"
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
         """Decode all requests; yields after each step the requests that it finished (often none)."""
         self.model.set_attn_implementation(PAGED)
+        if self.captured and self.graphs is None:
+            self._capture()
         waiting = deque(requests)
         while waiting or self.rows:
             if waiting and len(self.rows) < len(self.state.sampled):
@@ -121,7 +153,7 @@ class Decoder:
             if self.rows and pages > len(self.pool.free):  # with no live row to wait for, take() tells what is missing
                 break
             request.pages = self.pool.take(pages)
-            self.state.admit(len(self.rows), len(request.prompt_ids), request.pages)
+            self.state.admit(len(self.rows), len(request.prompt_ids), request.max_seq_len, request.pages)
             self.rows.append(waiting.popleft())
             tokens += len(request.prompt_ids)
         if tokens == 0:
@@ -149,65 +181,99 @@ class Decoder:
                 f"model: expected {len(self.cache.layers)} layers to attend over pages, got {len(paged.layers)}"
             )
         self.state.sampled[first : len(self.rows)] = _greedy(logits[0])
+        self.state.advance(slice(first, len(self.rows)))
+        finished = self._collect(first)
         self.figures.prefill_seconds += time.perf_counter() - begin
-        return self._collect(first)
-
-    def _decode(self) -> list[Request]:
-        """Advance every live row to its newest token, run the model on it, and sample the next."""
-        state, live = self.state, len(self.rows)
-        begin = time.perf_counter()
-        advance_step_flashattn(
-            len(state.sampled),
-            live,
-            self.cache.block_size,
-            state.input_tokens,
-            state.sampled[:live],
-            state.input_positions,
-            state.seq_lens,
-            state.slot_mapping,
-            state.block_tables,
-        )
-        advanced = time.perf_counter()
-        longest = max(len(request.prompt_ids) + len(request.tokens) for request in self.rows)
-        pages = -(-longest // self.cache.block_size)  # known here without asking the device
-        rows = live
-        if self.static_rows:
-            rows, pages = len(state.sampled), max(pages, MIN_PAGES)
-        tables = state.block_tables[:rows, :pages]
-        if self.static_rows:
-            torch._dynamo.mark_dynamic(tables, 1)
-        state.sampled[:rows] = self.forward(
-            state.input_tokens[:rows], state.input_positions[:rows], state.slot_mapping[:rows], tables
-        )
-        finished = self._collect(0)
-        end = time.perf_counter()
-        self.figures.steps += 1
-        self.figures.advance_seconds += advanced - begin
-        self.figures.decode_seconds += end - begin
         return finished
 
+    def _decode(self) -> list[Request]:
+        """A window of steps, and then the host's look."""
+        begin = time.perf_counter()
+        steps = min(self.window, max(request.max_seq_len - request.seq_len for request in self.rows))
+        rows, pages = self._sizes(steps)
+        for _ in range(steps):
+            if self.graphs:
+                self.graphs.replay(rows, pages)
+            else:
+                self._step(rows, pages)
+        finished = self._collect(0)
+        self.figures.steps += steps
+        self.figures.decode_seconds += time.perf_counter() - begin
+        return finished
+
+    def _sizes(self, steps: int) -> tuple[int, int]:
+        """Rows and columns of their tables that so many steps need; known here without asking the device."""
+        live = len(self.rows)
+        longest = max(min(request.seq_len + steps, request.max_seq_len) for request in self.rows) - 1
+        pages = -(-longest // self.cache.block_size)
+        if self.graphs:
+            return self.graphs.fit(live, pages)
+        return (len(self.state.sampled), max(pages, MIN_PAGES)) if self.static_rows else (live, pages)
+
+    def _step(self, rows: int, pages: int) -> None:
+        """Run the model on the rows, sample, and advance; only device work, so that it can be captured."""
+        state = self.state
+        inputs = [
+            state.input_tokens[:rows],
+            state.input_positions[:rows],
+            state.slot_mapping[:rows],
+            state.seq_lens[:rows],
+            state.block_tables[:rows, :pages],
+        ]
+        if self.compiled:
+            self._mark_sizes(inputs)
+        state.sampled[:rows] = self.forward(*inputs)
+        begin = time.perf_counter()
+        state.advance(slice(rows))
+        self.figures.advance_seconds += time.perf_counter() - begin
+
     def _forward(
-        self, input_tokens: Tensor, input_positions: Tensor, slot_mapping: Tensor, block_tables: Tensor
+        self,
+        input_tokens: Tensor,
+        input_positions: Tensor,
+        slot_mapping: Tensor,
+        seq_lens: Tensor,
+        block_tables: Tensor,
     ) -> Tensor:
-        """The next token of each row [rows]; only device work, so that it can be compiled or captured."""
-        paged = DecodeStep(
-            self.cache, self.cache.write_index(slot_mapping), self.cache.read_index(block_tables), input_positions
-        )
+        """The next token of each row [rows]."""
+        write_index = self.cache.write_index(slot_mapping)
+        read_index = None if self.kernel else self.cache.read_index(block_tables)
+        paged = DecodeStep(self.cache, write_index, block_tables, input_positions, seq_lens, self.kernel, read_index)
         logits = self.model(
             input_ids=input_tokens[:, None], position_ids=input_positions[:, None], use_cache=False, paged=paged
         ).logits  # [rows, 1, vocabulary]
         return _greedy(logits[:, 0])
 
+    def _compile_options(self) -> dict[str, Any]:
+        if self.captured:
+            return {}  # not fullgraph: flash-attn's functions are none that the compiler knows
+        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU.
+        return {"fullgraph": True, "options": {"freezing": True}}
+
+    def _mark_sizes(self, inputs: list[Tensor]) -> None:
+        """Tell the compiler which sizes vary from step to step, so that it compiles once for all."""
+        if not self.kernel:
+            torch._dynamo.mark_dynamic(inputs[-1], 1)
+        if not self.static_rows:
+            for tensor in inputs:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def _capture(self) -> None:
+        """Capture the step for batches of 1, 2, 4, ... rows; wherever pages are gathered, for growing tables too."""
+        num_seqs, max_pages = len(self.state.sampled), self.state.block_tables.shape[1] - 1
+        least = max_pages if self.kernel else max(-(-MIN_CAPTURED_TOKENS // self.cache.block_size), MIN_PAGES)
+        rows, pages = doubling(1, num_seqs), doubling(least, max_pages)
+        self.graphs = capture(self._step, rows, pages, self.model.device)  # all rows are padding: nothing changes
+        self.figures.advance_seconds = 0.0  # the parts of a replayed step cannot be told apart here
+
     def _collect(self, first: int) -> list[Request]:
-        """Hand the sampled tokens of rows [first, live) to their requests, and take out those that are finished."""
-        tokens = self.state.sampled[first : len(self.rows)].tolist()  # the one look of the host at a step
-        self.figures.tokens += len(tokens)
-        for request, token in zip(self.rows[first:], tokens, strict=True):
-            request.tokens.append(token)
-            if token in self.stop_token_ids:
-                request.finish_reason = "stop"
-            elif len(request.tokens) == request.max_new_tokens:
-                request.finish_reason = "length"
+        """Hand what rows [first, live) have recorded to their requests, and take out those that are finished."""
+        for request, (status, tokens) in zip(
+            self.rows[first:], self.state.look(slice(first, len(self.rows))), strict=True
+        ):
+            request.tokens += tokens
+            request.finish_reason = FINISH_REASON.get(status)
+            self.figures.tokens += len(tokens)
         finished = []
         for row in range(len(self.rows) - 1, first - 1, -1):
             if self.rows[row].finish_reason is not None:

