@@ -54,8 +54,9 @@ test-gpu: ## build the CUDA core into $(PYTHON)'s environment and run tests/gpu 
 	ADVANCE_STEP_BUILD=1 $(PYTHON) -m pip install --quiet $(BUILD) --editable .
 	$(PYTHON) -m pytest tests/gpu $(ARGS)
 
-gpu-report: test-gpu ## test-gpu, then the GPU benchmark, into benchmarks/results/ (BENCH_ARGS=--quick)
-	$(PYTHON) benchmarks/operator_gpu.py $(BENCH_ARGS)
+gpu-report: test-gpu ## test-gpu, then the GPU benchmarks, into benchmarks/results/ (BENCH_ARGS=--quick, VLLM=checkout)
+	$(PYTHON) benchmarks/operator_gpu.py $(BENCH_ARGS) $(VLLM:%=--vllm-source %)
+	$(PYTHON) benchmarks/decode_gpu.py $(BENCH_ARGS)
 
 # torch stands in a file of its own; what it needs for CUDA its own wheel says.
 lock: ## resolve requirements/lock.txt from pyproject.toml (needs uv; ARGS=--upgrade for new versions)

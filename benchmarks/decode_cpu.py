@@ -25,9 +25,10 @@ import torch
 import transformers
 from report import machine, write
 
-from advance_step.decode.loop import Decoder, Request
+from advance_step.decode.loop import Decoder
 from advance_step.decode.model import load_model
 from advance_step.decode.prompts import encode, read_prompts
+from advance_step.decode.request import Request
 
 BLOCK_SIZE = 16
 WARM = 2  # steps

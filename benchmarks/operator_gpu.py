@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 from gpu_columns import EAGLE, FLASHINFER, PLAIN, UNTIL_STOP, Call, State, columns, copy, load_floor, load_vllm
-from report import write
+from report import gpu_slug, verdict, write
 
 import advance_step
 from advance_step import reference
@@ -77,9 +76,8 @@ def main() -> None:
     if notes:
         sections["Wrong or refused"] = "\n".join(f"- {note}" for note in notes)
     gpu = torch.cuda.get_device_name()
-    slug = re.sub("[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
     title = f"Operators on a GPU: {gpu}, torch {torch.__version__}, CUDA {torch.version.cuda}"
-    write(f"{slug}-operators-{time.strftime('%Y-%m-%d')}", title, __doc__ or "", sections)
+    write(f"{gpu_slug()}-operators-{time.strftime('%Y-%m-%d')}", title, __doc__ or "", sections)
     print("\n" + sections["Bars"])
 
 
@@ -200,13 +198,6 @@ def bars(host: Table, device: Table, wrong: Wrong) -> str:
     ratios = [host[rows]["native"] / host[rows]["vLLM"] for rows in beside]
     lines.append(verdict("host, native / vLLM's operator, worst of all rows", max(ratios, default=None), "<", 1.0))
     return "\n".join(lines)
-
-
-def verdict(what: str, value: float | None, sign: str, bar: float) -> str:
-    if value is None:
-        return f"- {what}: {sign} {bar}: not measured"
-    met = {"<=": value <= bar, ">=": value >= bar, "<": value < bar}[sign]
-    return f"- {what}: {value:.2f}, {sign} {bar}: {'met' if met else 'NOT met'}"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -21,6 +22,19 @@ def machine() -> str:
             break
     served = advance_step.backend_info()["devices"]["cpu"]["executor"]
     return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, CPU served by {served}"
+
+
+def gpu_slug() -> str:
+    """The GPU's name as a file's name has it: h200."""
+    return re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().replace("nvidia", "")).strip("-")
+
+
+def verdict(what: str, value: float | None, sign: str, bar: float) -> str:
+    """A line that holds a ratio to its bar."""
+    if value is None:
+        return f"- {what}: {sign} {bar}: not measured"
+    met = {"<=": value <= bar, ">=": value >= bar, "<": value < bar}[sign]
+    return f"- {what}: {value:.2f}, {sign} {bar}: {'met' if met else 'NOT met'}"
 
 
 def write(name: str, title: str, method: str, sections: dict[str, str]) -> None:

@@ -38,7 +38,10 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for each prompt, at most.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are decoded together.")] = 8,
     block_size: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in a page of the KV cache.", show_default="16; 256 on a GPU")
+        int | None,
+        typer.Option(
+            min=1, help="Tokens in a page of the KV cache.", show_default="16; 256 where a kernel asks for it"
+        ),
     ] = None,
     window: Annotated[
         int | None,

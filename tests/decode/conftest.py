@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import generate, tiny_model
+from tiny_models import generate, ragged_prompts, tiny_model
 
 from advance_step.decode.model import load_model
 
 
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
-    """Ragged, with lengths around the ends of pages of 16."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(1, 97, (n,), generator=generator).tolist() for n in (5, 16, 1, 31, 17, 15, 2)]
+    return ragged_prompts()
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ LAYER = types.SimpleNamespace(layer_idx=0)
 
 def written_out(query, keys, values, position, scaling, window, softcap):
     """One query [heads, head_dim] at `position` against keys and values [length, kv_heads, head_dim]."""
-    out = torch.empty(HEADS, HEAD_DIM, dtype=torch.float64)
+    out = torch.empty(query.shape, dtype=torch.float64)
     first = 0 if window is None else max(0, position - window + 1)
-    for head in range(HEADS):
-        k = keys[first : position + 1, head // (HEADS // KV_HEADS)].double()
-        v = values[first : position + 1, head // (HEADS // KV_HEADS)].double()
+    for head in range(len(query)):
+        shared = head // (len(query) // keys.shape[1])
+        k, v = keys[first : position + 1, shared].double(), values[first : position + 1, shared].double()
         scores = (k @ query[head].double()) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

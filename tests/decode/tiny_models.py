@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import transformers
 
-from advance_step.decode.loop import Decoder, Request
+from advance_step.decode.loop import Decoder
+from advance_step.decode.request import Request
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -69,3 +70,9 @@ def generate(model: Any, prompt: list[int], max_new_tokens: int, stop: list[int]
     ids = torch.tensor([prompt])
     output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return output[0, len(prompt) :].tolist()
+
+
+def ragged_prompts() -> list[list[int]]:
+    """With lengths around the ends of pages of 16."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, 97, (n,), generator=generator).tolist() for n in (5, 16, 1, 31, 17, 15, 2)]

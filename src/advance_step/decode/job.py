@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from advance_step.decode.loop import Decoder, Request, pages_for
+from advance_step.decode.loop import Decoder
 from advance_step.decode.model import load_model, stop_token_ids
+from advance_step.decode.paged_kernels import BLOCK_SIZE as KERNEL_BLOCK_SIZE
+from advance_step.decode.paged_kernels import find
 from advance_step.decode.prompts import Prompt, kept, read_prompts, to_request, write_result
+from advance_step.decode.request import Request, pages_for
 from advance_step.decode.screen import progress_bar, progress_line, say, summary, text_stream
 from advance_step.decode.verify import differing
 
@@ -45,7 +48,7 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
         )
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype}")
-    settings = _for_device(settings)
+    _check_device(settings.device)
     prompts = read_prompts(input) if input else [Prompt(number, text) for number, text in enumerate(texts, 1)]
     if output:
         prompts = _unfinished(prompts, output, resume)
@@ -72,32 +75,26 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
 
 def decoder_for(model: Any, requests: list[Request], settings: Settings) -> Decoder:
     """A decoder with rows and pages for these requests, and no more."""
-    assert settings.block_size and settings.window
+    block_size = settings.block_size or (KERNEL_BLOCK_SIZE if find(model, KERNEL_BLOCK_SIZE) else 16)
     batch_size = min(settings.batch_size, len(requests))
     return Decoder(
         model,
         batch_size=batch_size,
-        block_size=settings.block_size,
+        block_size=block_size,
         max_seq_len=max(request.max_seq_len for request in requests),
-        num_pages=pages_for(requests, batch_size, settings.block_size),
+        num_pages=pages_for(requests, batch_size, block_size),
         stop_token_ids=stop_token_ids(model),
-        window=settings.window,
+        window=settings.window or (8 if model.device.type == "cuda" else 1),
         compile=settings.compile,
     )
 
 
-def _for_device(settings: Settings) -> Settings:
-    """The settings with what they leave open, as it suits the device. ValueError for a device that is not there."""
+def _check_device(device: str) -> None:
+    """ValueError for a device that is not there."""
     try:
-        kind = torch.empty(0, device=settings.device).device.type
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch says either, in words of its own
-        raise ValueError(f"--device: expected a device of this torch, got {settings.device} ({error})") from error
-    on_gpu = kind == "cuda"
-    return replace(
-        settings,
-        block_size=settings.block_size or (256 if on_gpu else 16),  # attention kernels ask for 256
-        window=settings.window or (8 if on_gpu else 1),
-    )
+        raise ValueError(f"--device: expected a device of this torch, got {device} ({error})") from error
 
 
 def _unfinished(prompts: list[Prompt], output: Path, resume: bool) -> list[Prompt]:

@@ -8,7 +8,7 @@ done. On a GPU such a step is one CUDA graph.
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_mode
 from advance_step.decode.cache import PagedKVCache
 from advance_step.decode.graphs import StepGraphs, capture, doubling
 from advance_step.decode.pages import PagePool
+from advance_step.decode.request import Request
 from advance_step.decode.state import BatchState
 
 # Prompts are prefilled together up to this many tokens: enough to fill the matmuls, bounded in memory.
@@ -32,28 +33,6 @@ MIN_PAGES = 2
 MIN_CAPTURED_TOKENS = 128
 
 FINISH_REASON = {RowStatus.STOPPED: "stop", RowStatus.LENGTH: "length"}
-
-
-@dataclass
-class Request:
-    """One prompt and what has been decoded for it."""
-
-    id: int | str
-    prompt_ids: list[int]
-    max_new_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop" or "length"
-
-    @property
-    def max_seq_len(self) -> int:
-        """Prompt and new tokens together, at most."""
-        return len(self.prompt_ids) + self.max_new_tokens
-
-    @property
-    def seq_len(self) -> int:
-        """Prompt and new tokens together, so far."""
-        return len(self.prompt_ids) + len(self.tokens)
 
 
 @dataclass
@@ -103,7 +82,6 @@ class Decoder:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        softcap = getattr(config, "attn_logit_softcapping", None) is not None
         self.model = model
         self.window = window
         self.pool = PagePool(range(num_pages))
@@ -116,7 +94,7 @@ class Decoder:
         )
         self.rows: list[Request] = []  # request of each live row
         self.figures = Figures()
-        self.kernel = paged_kernels.find(model.device, model.dtype, block_size, head_dim, softcap)
+        self.kernel = paged_kernels.find(model, block_size)
         self.captured = model.device.type == "cuda"
         self.graphs: StepGraphs | None = None
         self.compiled = compile
@@ -212,6 +190,13 @@ class Decoder:
 
     def _step(self, rows: int, pages: int) -> None:
         """Run the model on the rows, sample, and advance; only device work, so that it can be captured."""
+        self._sample(rows, pages)
+        begin = time.perf_counter()
+        self.state.advance(slice(rows))
+        self.figures.advance_seconds += time.perf_counter() - begin
+
+    def _sample(self, rows: int, pages: int) -> None:
+        """Run the model on the rows as the state has them, and sample the next token of each."""
         state = self.state
         inputs = [
             state.input_tokens[:rows],
@@ -223,9 +208,6 @@ class Decoder:
         if self.compiled:
             self._mark_sizes(inputs)
         state.sampled[:rows] = self.forward(*inputs)
-        begin = time.perf_counter()
-        state.advance(slice(rows))
-        self.figures.advance_seconds += time.perf_counter() - begin
 
     def _forward(
         self,
@@ -260,11 +242,13 @@ class Decoder:
 
     def _capture(self) -> None:
         """Capture the step for batches of 1, 2, 4, ... rows; wherever pages are gathered, for growing tables too."""
+        self.graphs = capture(self._step, *self._captured_sizes(), self.model.device)  # of padding: nothing changes
+        self.figures.advance_seconds = 0.0  # the parts of a replayed step cannot be told apart here
+
+    def _captured_sizes(self) -> tuple[list[int], list[int]]:
         num_seqs, max_pages = len(self.state.sampled), self.state.block_tables.shape[1] - 1
         least = max_pages if self.kernel else max(-(-MIN_CAPTURED_TOKENS // self.cache.block_size), MIN_PAGES)
-        rows, pages = doubling(1, num_seqs), doubling(least, max_pages)
-        self.graphs = capture(self._step, rows, pages, self.model.device)  # all rows are padding: nothing changes
-        self.figures.advance_seconds = 0.0  # the parts of a replayed step cannot be told apart here
+        return doubling(1, num_seqs), doubling(least, max_pages)
 
     def _collect(self, first: int) -> list[Request]:
         """Hand what rows [first, live) have recorded to their requests, and take out those that are finished."""
@@ -283,12 +267,6 @@ class Decoder:
                 self.rows[row] = self.rows[-1]
                 self.rows.pop()
         return finished[::-1]
-
-
-def pages_for(requests: Iterable[Request], batch_size: int, block_size: int) -> int:
-    """Pages that the `batch_size` largest requests need: with these no row is ever left empty for want of a page."""
-    needs = sorted((-(-request.max_seq_len // block_size) for request in requests), reverse=True)
-    return sum(needs[:batch_size])
 
 
 def _greedy(logits: Tensor) -> Tensor:

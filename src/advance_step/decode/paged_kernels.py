@@ -8,10 +8,12 @@ costs what its rows hold; without one, attention.py gathers as many pages for ev
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+BLOCK_SIZE = 256  # what tokens in a page must be a multiple of
 
 # query [rows, 1, heads, head_dim], keys and values [pages, block_size, kv_heads, head_dim], block_tables and seq_lens
 # int32, scaling, sliding window, softcap -> [rows, 1, heads, head_dim]
@@ -25,17 +27,19 @@ class PagedKernel(NamedTuple):
     attend: Attend
 
 
-def find(device: torch.device, dtype: torch.dtype, block_size: int, head_dim: int, softcap: bool) -> PagedKernel | None:
-    """The first kernel that serves such a model there, or None; both that are known have FlashAttention 2's limits."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+def find(model: Any, block_size: int) -> PagedKernel | None:
+    """The first kernel that serves the model with such pages, or None; those known have FlashAttention 2's limits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(model.device) < (8, 0):
         return None
-    if dtype not in (torch.float16, torch.bfloat16) or block_size % 256 or head_dim % 8 or head_dim > 256:
+    if model.dtype not in (torch.float16, torch.bfloat16) or block_size % BLOCK_SIZE or head_dim % 8 or head_dim > 256:
         return None
     if importlib.util.find_spec("flash_attn"):
         import flash_attn
 
         return PagedKernel(f"flash-attn {flash_attn.__version__}", flash_attn_pages)
-    if _varlen_takes_pages() and not softcap:
+    if _varlen_takes_pages() and getattr(config, "attn_logit_softcapping", None) is None:
         return PagedKernel(f"torch {torch.__version__}'s varlen_attn", varlen_pages)
     return None
 

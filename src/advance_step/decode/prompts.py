@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from advance_step.decode.loop import Request
+from advance_step.decode.request import Request
 
 
 @dataclass

@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from advance_step.decode.loop import Decoder, Figures, Request
+from advance_step.decode.loop import Decoder, Figures
+from advance_step.decode.request import Request
 
 
 def say(line: str) -> None:
