@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +57,7 @@ REFUSALS = [
         "block_tables",
         torch.zeros(8, 0, dtype=I64),
         ValueError,
-        "W: expected W >= 1, got 0",
+        "block_tables: expected W >= 1, got int64 [8, 0] on cpu",
     ),
     (
         "npu_advance_step_flashattn",
@@ -100,6 +102,13 @@ REFUSALS = [
         3,
         ValueError,
         "num_queries: expected num_queries == num_seqs, since spec_token is given, with num_seqs=4, got 3",
+    ),
+    (
+        "npu_advance_step_flashattn (speculative)",
+        "spec_token",
+        torch.zeros(4, 0, dtype=I64),
+        ValueError,
+        "spec_token: expected S >= 1, got int64 [4, 0] on cpu",
     ),
     (
         "npu_advance_step_flashattn (speculative)",
@@ -248,12 +257,48 @@ def test_dispatcher_refuses_in_the_same_words(call, argument, value, kind, words
         ("seq_lens", [1, 2], "seq_lens: expected int32 or int64 [num_seqs] with num_seqs=8, got list"),
         ("seq_lens", None, "seq_lens: expected int32 or int64 [num_seqs] with num_seqs=8, got None"),
         ("block_size", 1.5, "block_size: expected an int, got float"),
+        ("input_batch_size", 3.0, "input_batch_size: expected an int, got float"),
+        ("slot_mappings", torch.zeros(6), "slot_mappings: expected a list, got float32 [6] on cpu"),
+        ("block_sizes", 16, "block_sizes: expected a list, got 16"),
+        ("block_sizes", [16, None], "block_sizes[1]: expected an int, got None"),
+        ("pad_slot", 1.0, "pad_slot: expected an int, got float"),
     ],
 )
 def test_no_tensor_or_no_int(argument, value, words):
-    with pytest.raises(TypeError) as error:
-        advance_step.advance_step_flashattn(**(CALLS["advance_step_flashattn"]() | {argument: value}))
-    assert str(error.value).splitlines()[0] == f"advance_step_flashattn: {words}"
+    call = next(call for call in reversed(CALLS) if argument in inspect.signature(function(call)).parameters)
+    call = "advance_step_flashattn" if argument in CALLS["advance_step_flashattn"]() else call
+    assert str(refused(function(call), call, argument, value)).splitlines()[0] == f"{call}: {words}"
+    with pytest.raises(TypeError):
+        function(call)(**(CALLS[call]() | {argument: value}))
+
+
+def test_a_sparse_tensor():
+    call = CALLS["advance_step_flashattn"]()
+    with pytest.raises(DtypeError) as error:
+        advance_step.advance_step_flashattn(**(call | {"block_tables": call["block_tables"].to_sparse()}))
+    words = "block_tables: expected int32 or int64 [num_seqs, W] with num_seqs=8, got int64 [8, 4] on cpu (sparse_coo)"
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"), [("advance_step_flashattn", "seq_lens"), ("advance_until_stop", "status")]
+)
+def test_dispatcher_refuses_none_for_a_tensor(call, argument):
+    assert f"{call}: {argument}: expected int32" in str(refused(operator(call), call, argument, None))
+
+
+@pytest.mark.parametrize("argument", ["num_seqs", "block_size"])
+def test_an_int_past_64_bits(argument):
+    error = refused(function("advance_step_flashattn"), "advance_step_flashattn", argument, 2**63)
+    assert f"{argument}: expected {argument} < 2**63, got 9223372036854775808" in str(error)
+
+
+def test_what_torch_itself_refuses_keeps_torchs_words():
+    """Under functionalize no tensor has an address: nothing can be said of what they share."""
+    call = CALLS["advance_step_flashattn"]()
+    with pytest.raises(RuntimeError, match="alias annotations") as error:
+        torch.func.functionalize(lambda arguments: advance_step.advance_step_flashattn(**arguments))(call)
+    assert "memory of its own" not in str(error.value)
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -292,6 +337,45 @@ def test_columns_of_one_buffer_lie_apart():
         call[name] = state[:, column]
     advance_step.advance_step_flashattn(**call)
     assert torch.equal(state, torch.stack([expected[name] for name in names], dim=1))
+
+
+@pytest.mark.parametrize("call", ["npu_advance_step_flashattn", "advance_step_flashattn", "advance_until_stop"])
+def test_sampled_ids_in_the_memory_of_input_tokens(call):
+    """Of one row, too, where a stride says nothing."""
+    for live in (1, 3):
+        arguments, expected = ({**CALLS[call]()} for _ in range(2))
+        rows = len(arguments["input_tokens"])
+        if "num_queries" in arguments:
+            arguments["num_queries"] = expected["num_queries"] = live
+        memory = torch.arange(rows * 2)
+        arguments["input_tokens"], expected["input_tokens"] = memory[::2], memory[::2].clone()
+        shared = memory[::2][: arguments.get("num_queries", rows), None]
+        arguments["sampled_token_ids"], expected["sampled_token_ids"] = shared, shared.clone()
+        function(call)(**expected)
+        function(call)(**arguments)
+        assert torch.equal(arguments["input_tokens"], expected["input_tokens"])
+        assert torch.equal(memory[1::2], torch.arange(rows) * 2 + 1)
+
+
+def test_a_last_page_length_past_32_bits():
+    call = CALLS["advance_step_flashinfer"]() | {"block_size": 2**40}
+    call["seq_lens"][:2] = torch.tensor([2**31 - 2, 2**31 - 1])
+    before = [t.clone() for t in tensors(call)]
+    words = "paged_kv_last_page_len: expected seq_lens % block_size < 2**31 - 1, got 2147483647 in row 1"
+    for target in (function("advance_step_flashinfer"), operator("advance_step_flashinfer")):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            target(**call)
+    assert all(map(torch.equal, tensors(call), before))
+    call["seq_lens"][1] = 7
+    advance_step.advance_step_flashinfer(**call)
+    assert call["paged_kv_last_page_len"][:2].tolist() == [2**31 - 1, 8]
+
+
+def test_empty_tensors_share_nothing():
+    empty = torch.empty(1, 0, dtype=I64).expand(6, 0)  # of strides (0, 1)
+    call = CALLS["advance_until_stop"]() | {"output_tokens": empty}
+    advance_step.advance_until_stop(**call)
+    assert call["status"].tolist() == [2, 2, 2, 4, 2, 2]  # no room: LENGTH
 
 
 def test_written_elements_must_lie_apart():

@@ -32,7 +32,7 @@ def npu_host(call: Call) -> None:
         expected = f"num_queries == num_seqs, since spec_token is given, with num_seqs={num_seqs}"
         call.demand("num_queries", num_queries == num_seqs, expected)
         call.tensor("spec_token", INT64, "[num_seqs, S]")
-        call.scalar("S", at_least=1)
+        call.demand("spec_token", call.sizes["S"] >= 1, "S >= 1")
         call.tensor("accepted_num", INT64, "[num_seqs]")
         call.sizes["T"] = 1 + call.sizes["S"]
         call.sizes["num_seqs * T"] = call.sizes["num_seqs"] * call.sizes["T"]
@@ -43,7 +43,7 @@ def npu_host(call: Call) -> None:
     call.tensor("seq_lens", INT64, *state)
     call.tensor("slot_mapping", INT64, *state)
     call.tensor("block_tables", INT64, "[num_seqs, W]")
-    call.scalar("W", at_least=1)
+    call.demand("block_tables", call.sizes["W"] >= 1, "W >= 1")
     call.one_device()
 
 
@@ -92,6 +92,10 @@ def flashinfer_data(call: Call) -> None:
     if needed > call.sizes["N"]:
         expected = f"int32 [N] with N >= {needed}, the pages in use after this step"
         raise call.refusal("paged_kv_indices", expected, f"N={call.sizes['N']}")
+    on_last_page = live % call.sizes["block_size"]
+    if (at := first(on_last_page >= 2**31 - 1)) is not None:
+        got = f"{int(on_last_page[at])} in row {at[0]}"
+        raise call.refusal("paged_kv_last_page_len", "seq_lens % block_size < 2**31 - 1", got)
     pages = call["block_tables"][: call.sizes["num_queries"]]
     column = torch.arange(call.sizes["W"], device=pages.device)
     in_use = column <= live[:, None].div(call.sizes["block_size"], rounding_mode="floor")
@@ -105,6 +109,7 @@ def eagle_host(call: Call) -> None:
     call.tensor("positions_1d", INTS, "[batch_size]")
     if call.arguments["input_batch_size"] is None:
         call.sizes["input_batch_size"] = call.sizes["batch_size"]
+    call.scalar("input_batch_size", at_least=0)
     batch_size, padded = call.sizes["batch_size"], call.sizes["input_batch_size"]
     call.demand(
         "input_batch_size", padded >= batch_size, f"input_batch_size >= batch_size with batch_size={batch_size}"
@@ -119,7 +124,7 @@ def eagle_host(call: Call) -> None:
 
 def until_stop_host(call: Call) -> None:
     grouped = ("slot_mappings", "block_tables", "block_sizes")
-    counts = [sum(name.startswith(f"{kind}[") for name in call.arguments) for kind in grouped]
+    counts = [call.list(kind) for kind in grouped]
     for kind, count in zip(grouped, counts, strict=True):
         if not 1 <= count == max(counts) <= MAX_GROUPS:
             groups = min(max(1, *counts), MAX_GROUPS)
@@ -137,6 +142,7 @@ def until_stop_host(call: Call) -> None:
     call.tensor("num_generated", INTS, "[B]")
     call.tensor("stop_token_ids", INT64, "[S]")
     call.tensor("max_seq_lens", INTS, "[B]")
+    call.scalar("pad_slot", at_least=-(2**63))
     call.one_device()
 
 

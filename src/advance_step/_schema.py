@@ -113,6 +113,8 @@ def explained(error: Exception, name: str, arguments: dict[str, Any]) -> Excepti
         check(next(o for o in OPERATORS if name_of(o) == name), arguments)
     except ValueError as refusal:
         return refusal
+    except RuntimeError:  # a tensor without memory to look at, under torch's function transforms
+        return error
     return error
 
 

@@ -50,17 +50,25 @@ class Call:
 
     def demand(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise self.refusal(name, expected, self.sizes.get(name))
+            raise self.refusal(name, expected, self.sizes.get(name, _describe(self.arguments[name])))
 
     def scalar(self, name: str, at_least: int) -> None:
         if name not in self.sizes:
             raise self.refusal(name, "an int", _describe(self.arguments[name]), DtypeError)
         self.demand(name, self.sizes[name] >= at_least, f"{name} >= {at_least}")
+        self.demand(name, self.sizes[name] <= 2**63 - 1, f"{name} < 2**63")
+
+    def list(self, name: str) -> int:
+        """The length of a list."""
+        value = self.arguments[name]
+        if not isinstance(value, list | tuple):
+            raise self.refusal(name, "a list", _describe(value), DtypeError)
+        return len(value)
 
     def tensor(self, name: str, dtypes: tuple[torch.dtype, ...], *shapes: str) -> None:
         """Refuses `name` unless it has one of `dtypes` and one of `shapes`."""
         value = self.arguments[name]
-        right_dtype = isinstance(value, Tensor) and value.dtype in dtypes
+        right_dtype = isinstance(value, Tensor) and value.dtype in dtypes and value.layout == torch.strided
         if isinstance(value, Tensor) and right_dtype and any(self._fits(value, shape) for shape in shapes):
             return
         symbols = " ".join(shapes).translate(str.maketrans("[],", "   ")).split()
@@ -134,20 +142,21 @@ def first(bad: Tensor) -> tuple[int, ...] | None:
     return tuple(found[0].tolist()) if found.numel() else None
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
-        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}"
+        layout = "" if value.layout == torch.strided else f" ({_name(value.layout)})"
+        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}{layout}"
     return repr(value) if value is None or isinstance(value, int) else type(value).__name__
 
 
 def _span(value: Tensor) -> tuple[int, int]:
-    """The addresses [begin, end) that the tensor's elements lie in; empty for an empty tensor."""
+    """The addresses [begin, end) that the tensor's elements lie in; empty for one without elements or memory."""
     begin = value.data_ptr()
-    if value.numel() == 0:
+    if value.numel() == 0 or begin == 0:
         return begin, begin
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return begin, begin + (last + 1) * value.element_size()
@@ -166,6 +175,8 @@ def _meets(a: Tensor, b: Tensor) -> bool:
 
 
 def _meets_itself(value: Tensor) -> bool:
+    if value.numel() == 0:
+        return False
     reach = 0
     for stride, size in sorted((s, n) for s, n in zip(value.stride(), value.shape, strict=True) if n > 1):
         if stride <= reach:

@@ -65,9 +65,9 @@ def npu_advance_step_flashattn(
     Args:
         input_tokens: int64 [num_seqs], written. Speculative: [num_seqs, T] or [num_seqs * T].
         sampled_token_ids: int64 [num_queries, 1], read. Speculative: [num_seqs, T], rejected entries -1.
-        input_positions: int64, written; shaped as input_tokens.
-        seq_lens: int64, written; shaped as input_tokens. Lengths of padding rows are not read.
-        slot_mapping: int64, written; shaped as input_tokens.
+        input_positions: int64, written; as input_tokens (speculative: each may have either form).
+        seq_lens: int64, written; as input_tokens. Lengths of padding rows are not read.
+        slot_mapping: int64, written; as input_tokens.
         block_tables: int64 [num_seqs, W], read: page ids. W > max(seq_lens) // block_size.
         num_seqs: rows in all, > 0.
         num_queries: live rows, > 0 and < num_seqs; == num_seqs in speculative mode.
@@ -286,6 +286,7 @@ def advance_until_stop(
         t is one of stop_token_ids             -> STOPPED; t recorded
         seq_lens[i] + 1 >= max_seq_lens[i]     -> LENGTH;  t recorded
         the next position has no page          -> NO_PAGE; nothing recorded
+        seq_lens[i] is its dtype's largest     -> LENGTH;  t recorded
         otherwise                              -> RUNNING; t recorded, and the row advances as in advance_step_flashattn
 
     "Recorded": ``output_tokens[i, num_generated[i]] = t; num_generated[i] += 1``. A row that does not advance gets

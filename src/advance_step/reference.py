@@ -75,9 +75,12 @@ def npu_advance_step_flashattn_ref(
     last = sampled_token_ids.gather(1, (count - 1).clamp(min=0))
     tokens[:, :1] = torch.where(count > 0, last, tokens[:, :1])
     tokens[:, 1:] = spec_token
-    positions += 1 + accepted_num[:, None]
-    seq_lens.view(shape).copy_(positions + 1)
-    slot_mapping.view(shape).copy_(slots(positions, block_tables, block_size))
+    moved = positions + (1 + accepted_num[:, None])
+    overflowed = (moved > positions) != (accepted_num[:, None] >= 0)
+    slot = slots(moved, block_tables, block_size)
+    positions.copy_(moved)
+    seq_lens.view(shape).copy_(moved + 1)
+    slot_mapping.view(shape).copy_(torch.where(overflowed, PAD_SLOT, slot))
 
 
 def advance_step_flashattn_ref(
@@ -92,7 +95,8 @@ def advance_step_flashattn_ref(
     block_tables: Tensor,
 ) -> None:
     position = seq_lens[:num_queries].to(torch.int64)
-    input_tokens[:num_queries] = sampled_token_ids.reshape(num_queries)
+    # A view, so that where the two are the same memory the copy is one of a tensor onto itself.
+    input_tokens[:num_queries] = sampled_token_ids if sampled_token_ids.dim() == 1 else sampled_token_ids[:, 0]
     input_positions[:num_queries] = position
     slot = slots(position, block_tables[:num_queries], block_size)
     slot_mapping[:num_queries] = torch.where(position == torch.iinfo(seq_lens.dtype).max, PAD_SLOT, slot)
@@ -196,13 +200,13 @@ def advance_until_stop_ref(
 
     full = (num_generated < 0) | (num_generated >= output_tokens.size(1))
     stopped = (token[:, None] == stop_token_ids[None, :]).any(1)
-    longest = (
-        (position >= max_seq_lens) | (position + 1 >= max_seq_lens) | (seq_lens == torch.iinfo(seq_lens.dtype).max)
-    )
+    longest = (position >= max_seq_lens) | (position + 1 >= max_seq_lens)
+    cannot_grow = seq_lens == torch.iinfo(seq_lens.dtype).max
     no_page = torch.stack([slot == PAD_SLOT for slot in group_slots]).any(0)
 
     # As plain ints: torch.compile takes a tensor compared with an enum for a constant.
-    outcome = torch.where(no_page, int(RowStatus.NO_PAGE), int(RowStatus.RUNNING))
+    outcome = torch.where(cannot_grow, int(RowStatus.LENGTH), int(RowStatus.RUNNING))
+    outcome = torch.where(no_page, int(RowStatus.NO_PAGE), outcome)
     outcome = torch.where(longest, int(RowStatus.LENGTH), outcome)
     outcome = torch.where(stopped, int(RowStatus.STOPPED), outcome)
     outcome = torch.where(full, int(RowStatus.LENGTH), outcome)

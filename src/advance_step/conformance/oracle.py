@@ -123,6 +123,8 @@ def flashinfer_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slo
             position = args["seq_lens"][i]
             bound[i] = -(-(position + 1) // block_size)
             last_page_len[i] = position % block_size + 1
+            if last_page_len[i] > INT32_MAX:
+                outcome.errors.setdefault("paged_kv_last_page_len", i)
             used = args["block_tables"][i][: bound[i]]
             pages += used
             if any(not -INT32_MAX - 1 <= page <= INT32_MAX for page in used):
@@ -178,10 +180,12 @@ def until_stop(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = s
                 status[i] = LENGTH
             elif token in args["stop_token_ids"]:
                 status[i] = STOPPED
-            elif position + 1 >= args["max_seq_lens"][i] or position + 1 > limit("seq_lens", int32):
+            elif position + 1 >= args["max_seq_lens"][i]:
                 status[i] = LENGTH
             elif None in pages or PAD_SLOT in pages:
                 status[i], record = NO_PAGE, False
+            elif position + 1 > limit("seq_lens", int32):
+                status[i] = LENGTH
             else:
                 tokens[i], positions[i], lengths[i], places = token, position, position + 1, pages
             if record:

@@ -94,7 +94,7 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch says either, in words of its own
-        raise ValueError(f"--device: expected a device of this torch, got {device} ({error})") from error
+        raise ValueError(f"--device: expected a device of this torch, got {device!r} ({error})") from error
 
 
 def _unfinished(prompts: list[Prompt], output: Path, resume: bool) -> list[Prompt]:

@@ -63,12 +63,14 @@ def speculative_kernel(
         last = tl.where(accepted, token, last)
     tl.store(input_tokens, last, mask=has_token)
 
-    step = tl.load(accepted_num + row * accepted_num_stride, mask=live, other=0) + 1
+    count = tl.load(accepted_num + row * accepted_num_stride, mask=live, other=0)
     for j in range(0, num_entries):
         proposal = tl.load(spec_token + (j - 1) * spec_token_stride_1, mask=live & (j > 0), other=0)
-        position = tl.load(input_positions + j * input_positions_stride_1, mask=live, other=0) + step
+        before = tl.load(input_positions + j * input_positions_stride_1, mask=live, other=0)
+        position = before + (count + 1)
+        placed = live & ((position > before) == (count >= 0))  # not where the sum has wrapped
         slot = slot_of(
-            row, position, live, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
+            row, position, placed, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
         )
         tl.store(input_tokens + j * input_tokens_stride_1, proposal, mask=live & (j > 0))
         tl.store(input_positions + j * input_positions_stride_1, position, mask=live)

@@ -81,8 +81,9 @@ def until_stop_kernel(
     for s in range(0, num_stop_tokens):
         stopped = stopped | (token == tl.load(stop_token_ids + s * stop_token_ids_stride))
 
-    outcome = tl.where((slot == -1) | (checked == -1), NO_PAGE, RUNNING)
-    outcome = tl.where((position + 1 >= longest) | (length.to(tl.int64) <= position), LENGTH, outcome)
+    outcome = tl.where(length.to(tl.int64) <= position, LENGTH, RUNNING)
+    outcome = tl.where((slot == -1) | (checked == -1), NO_PAGE, outcome)
+    outcome = tl.where((position >= longest) | (position + 1 >= longest), LENGTH, outcome)
     outcome = tl.where(stopped, STOPPED, outcome)
     outcome = tl.where(full, LENGTH, outcome)
     recorded = running & (full == 0) & (outcome != NO_PAGE)
