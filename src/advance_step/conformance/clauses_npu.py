@@ -105,6 +105,12 @@ def npu_clauses() -> list[Clause]:
         starts = [3, 9, 2, 7, 30, 8, 40]  # two columns of 16: position 32 is the first without a page
         return spec_case(rng, [[s, s + 1, s + 2] for s in starts], [0, 1, 2, 0, 1, 1, 0], flat=flat, columns=2)
 
+    def wrapping(rng: Random) -> list[Case]:
+        lowest, highest = -(2**63), 2**63 - 1
+        rows = [[lowest, 3], [highest, 5], [highest, highest], [4, 5]]
+        sampled = [[11, 12], [21, -1], [31, -1], [41, 42]]
+        return [spec_case(rng, rows, [lowest, 1, highest, 1], sampled, columns=2)]
+
     def negative(rng: Random) -> list[Case]:
         pages = distinct_pages(rng, 3, 3)
         pages[1][1], pages[2][0] = -1, -9
@@ -157,6 +163,7 @@ def npu_clauses() -> list[Clause]:
         Clause(
             "spec-narrow-table", f"a position past the table. {DATA}", lambda rng: [past(rng, False), past(rng, True)]
         ),
+        Clause("spec-position-past-64-bits", f"a position past the table. {DATA}", wrapping),
         Clause("spec-negative-page", 'a negative page id is "no page": slot -1, on every device', negative),
         Clause(
             "spec-slot-past-32-bits",

@@ -94,6 +94,11 @@ def until_stop_clauses() -> list[Clause]:
     def mixed(name: str, dtype: str, rng: Random) -> list[Case]:
         return [stop_case(rng, [5, 17, 40, 20], tokens=[9, 2, 9, 9], ints={name: dtype})]
 
+    def full_length(rng: Random) -> list[Case]:
+        lengths, most = [INT32_MAX, INT32_MAX - 1, INT32_MAX], [2**40, 2**40, INT32_MAX]
+        wide = {"max_seq_lens": "int64"}
+        return [stop_case(rng, lengths, most=most, groups=((2**30, w),), ints=wide) for w in (1, 2)]
+
     def in_place(rng: Random) -> list[Case]:
         case = stop_case(rng, [5, 17, 20])
         return [replace(case, args=case.args | {"sampled_token_ids": View("input_tokens", (3,))})]
@@ -193,6 +198,7 @@ def until_stop_clauses() -> list[Clause]:
                 stop_case(rng, [64, 64], tokens=[2, 9], most=[1000, 65]),
             ],
         ),
+        Clause("int32-length-at-its-end", f"{NOWHERE}; with one, a length that cannot grow is LENGTH", full_length),
         Clause("no-page", f"{NOWHERE}; past the table", lambda rng: [stop_case(rng, [63, 64, 65, 900, 7])]),
         Clause("negative-page", f"{NOWHERE}; a negative id", negative),
         Clause(
