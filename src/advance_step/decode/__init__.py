@@ -1,1 +1,1 @@
-"""Paged decoding of Hugging Face causal LMs, each step advanced in place by `advance_step_flashattn`."""
+"""Paged decoding of Hugging Face causal LMs, each step advanced in place by `advance_until_stop`."""
