@@ -113,7 +113,9 @@ struct FlashInferPages {
 // eagle_step_update_slot_mapping_and_metadata
 template <class Position, class Len, class Page, class Stride>
 struct EagleStep {
-  int64_t batch_size, max_model_len;
+  int64_t batch_size;
+  Position last;  // the first position that has no next one
+  Len longest;
   Vector<const Position, Stride> positions;
   BlockTable<Matrix<const Page, Stride>> block_table;
   Vector<Len, Stride> seq_lens;
@@ -123,7 +125,7 @@ struct EagleStep {
   ADVANCE_STEP_FN void row(int64_t i) const {
     if (i >= batch_size) {
       out_slot_mapping[i] = kPadSlot;
-    } else if (positions[i] >= max_model_len - 1 || positions[i] == largest<Position>()) {
+    } else if (positions[i] >= last) {
       out_clamped_positions[i] = 0;
       out_slot_mapping[i] = kPadSlot;
       seq_lens[i] = 1;
@@ -131,8 +133,7 @@ struct EagleStep {
       const Position position = positions[i] + 1;
       out_clamped_positions[i] = position;
       out_slot_mapping[i] = block_table.slot(i, position);
-      const int64_t longest = max_model_len < largest<Len>() ? max_model_len : largest<Len>();
-      seq_lens[i] = static_cast<Len>(seq_lens[i] < longest ? seq_lens[i] + 1 : longest);
+      seq_lens[i] = seq_lens[i] < longest ? seq_lens[i] + 1 : longest;
     }
   }
 };

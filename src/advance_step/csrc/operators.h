@@ -201,7 +201,8 @@ void eagle_step(StableIValue* stack, uint64_t, uint64_t) {
           using Stride = decltype(stride);
           using Table = BlockTable<Matrix<const Page, Stride>>;
           const EagleStep<Position, Len, Page, Stride> step{batch_size,
-                                                            max_model_len,
+                                                            at_most<Position>(max_model_len - 1),
+                                                            at_most<Len>(max_model_len),
                                                             positions.vector<const Position, Stride>(),
                                                             Table::of(table.matrix<const Page, Stride>(), block_size),
                                                             seq_lens.vector<Len, Stride>(),
