@@ -39,9 +39,10 @@ struct Matrix {
 };
 
 // int32 or int64, decided at run time: where a type parameter for each tensor would make too many kernels.
+template <class Stride>
 struct IntVector {
   void* data;
-  int64_t stride;
+  Stride stride;
   bool wide;
   ADVANCE_STEP_FN int64_t get(int64_t i) const {
     return wide ? static_cast<int64_t*>(data)[i * stride] : static_cast<int32_t*>(data)[i * stride];
@@ -55,9 +56,11 @@ struct IntVector {
   }
   ADVANCE_STEP_FN int64_t largest() const { return wide ? INT64_MAX : INT32_MAX; }
 };
+template <class Stride>
 struct IntMatrix {
   const void* data;
-  int64_t columns, row_stride, column_stride;
+  int64_t columns, row_stride;
+  Stride column_stride;
   bool wide;
   ADVANCE_STEP_FN int64_t operator()(int64_t row, int64_t column) const {
     const int64_t at = row * row_stride + column * column_stride;
