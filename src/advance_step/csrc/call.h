@@ -45,12 +45,13 @@ struct Argument {
     size = sizes;
     stride = strides;
     item = is_int64() ? 8 : 4;  // every contract asks for one of the two first
-    int64_t last = 0, count = 1;
+    int64_t last = 0;
+    bool empty = false;
     for (int64_t d = 0; d < dim; ++d) {
-      count *= size[d];
+      empty |= size[d] == 0;
       last += (size[d] - 1) * stride[d];
     }
-    end = count == 0 ? data : data + (last + 1) * item;
+    end = empty ? data : data + (last + 1) * item;
   }
 
   bool is_int64() const { return dtype == kInt64; }
@@ -106,7 +107,8 @@ struct Argument {
     return false;
   }
   bool meets(const Argument& other) const {
-    if (data == end || other.data == other.end || end <= other.data || other.end <= data) return false;
+    if (end <= other.data || other.end <= data) return false;  // nearly always
+    if (data == end || other.data == other.end) return false;
     const int64_t step = dim == 1 ? stride[0] * item : 0;
     if (step <= 0 || other.dim != 1 || other.stride[0] * other.item != step) return true;
     const int64_t apart = ((other.data - data) % step + step) % step;
