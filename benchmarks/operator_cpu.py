@@ -80,6 +80,10 @@ def measure(
             state.reset()
             if evict:
                 flood.add_(1)
+            else:
+                for _ in range(n):  # untimed: nothing is to be left in the caches of the column before
+                    call()
+                state.reset()
             start = time.perf_counter()
             for _ in range(n):
                 call()
