@@ -25,7 +25,7 @@ class State:
 
     def __init__(self, rows: int, width: int = WIDTH) -> None:
         generator = torch.Generator().manual_seed(rows)
-        self.rows, self.steps = rows, 500
+        self.rows, self.steps = rows, 64
         self.block_size = BLOCK_SIZE * WIDTH // width
         self.start = torch.randint(0, BLOCK_SIZE * WIDTH - self.steps - 1, (rows + 1,), generator=generator)
         self.sampled = torch.randint(0, 50_000, (rows, 1), generator=generator)
@@ -33,7 +33,7 @@ class State:
         self.lens = self.start.clone()
         self.tables = torch.randperm((rows + 1) * width, generator=generator).reshape(rows + 1, width)
         self.status = torch.zeros(rows + 1, dtype=torch.int32)
-        self.output = torch.zeros(rows + 1, 64, dtype=torch.int64)
+        self.output = torch.zeros(rows + 1, self.steps, dtype=torch.int64)  # a full row would be frozen, and cheap
         self.generated = torch.zeros(rows + 1, dtype=torch.int64)
         self.longest = torch.full((rows + 1,), BLOCK_SIZE * WIDTH)
         self.sampled_all = torch.zeros(rows + 1, dtype=torch.int64)

@@ -33,7 +33,7 @@ def main() -> None:
     if options.grain:
         return grain()
     rows = [r for r in ROWS if r <= 4096] if options.quick else ROWS
-    repeats = 5 if options.quick else 15
+    repeats = 15 if options.quick else 60
     hot = {r: measure(COLUMNS, State(r), repeats) for r in rows}
     cold = {r: measure(COLUMNS, State(r), repeats, evict=True) for r in rows if r <= 65_536}
     columns = family_columns(options.vllm_cpu)
@@ -72,7 +72,7 @@ def measure(
         number[name] = 1 if evict else max(1, min(state.steps, int(20_000 / max(once, 1))))
         if once > SLOWEST:
             number[name] = 0
-    for _ in range(repeats * (3 if evict else 1)):
+    for _ in range(repeats):
         for name, n in number.items():
             if n == 0:
                 continue
@@ -80,6 +80,10 @@ def measure(
             state.reset()
             if evict:
                 flood.add_(1)
+            else:
+                for _ in range(n):  # untimed: nothing is to be left in the caches of the column before
+                    call()
+                state.reset()
             start = time.perf_counter()
             for _ in range(n):
                 call()

@@ -113,7 +113,9 @@ struct FlashInferPages {
 // eagle_step_update_slot_mapping_and_metadata
 template <class Position, class Len, class Page, class Stride>
 struct EagleStep {
-  int64_t batch_size, max_model_len;
+  int64_t batch_size;
+  Position last;  // position of a sequence
+  Len longest;
   Vector<const Position, Stride> positions;
   BlockTable<Matrix<const Page, Stride>> block_table;
   Vector<Len, Stride> seq_lens;
@@ -123,7 +125,7 @@ struct EagleStep {
   ADVANCE_STEP_FN void row(int64_t i) const {
     if (i >= batch_size) {
       out_slot_mapping[i] = kPadSlot;
-    } else if (positions[i] >= max_model_len - 1 || positions[i] == largest<Position>()) {
+    } else if (positions[i] >= last) {
       out_clamped_positions[i] = 0;
       out_slot_mapping[i] = kPadSlot;
       seq_lens[i] = 1;
@@ -131,32 +133,34 @@ struct EagleStep {
       const Position position = positions[i] + 1;
       out_clamped_positions[i] = position;
       out_slot_mapping[i] = block_table.slot(i, position);
-      const int64_t longest = max_model_len < largest<Len>() ? max_model_len : largest<Len>();
-      seq_lens[i] = static_cast<Len>(seq_lens[i] < longest ? seq_lens[i] + 1 : longest);
+      seq_lens[i] = seq_lens[i] < longest ? seq_lens[i] + 1 : longest;
     }
   }
 };
 
 enum RowStatus : int32_t { kRunning, kStopped, kLength, kNoPage, kPadding };
 
+template <class Stride>
 struct KVGroup {
-  Vector<int64_t> slot_mapping;
-  BlockTable<IntMatrix> block_table;
+  Vector<int64_t, Stride> slot_mapping;
+  BlockTable<IntMatrix<Stride>> block_table;
 };
 
 constexpr int kMaxGroups = 16;
 
-// advance_until_stop
+// advance_until_stop, for up to kGroups KV groups; with one, as most models have, there is no loop over them.
+template <class Stride, int kGroups>
 struct UntilStopStep {
   int64_t pad_slot, num_stop_tokens;
-  Vector<int64_t> input_tokens, input_positions;
-  IntVector sampled_token_ids, seq_lens, num_generated, max_seq_lens;
-  Vector<int32_t> status;
-  Matrix<int64_t> output_tokens;
-  Vector<const int64_t> stop_token_ids;
+  Vector<int64_t, Stride> input_tokens, input_positions;
+  IntVector<Stride> sampled_token_ids, seq_lens, num_generated, max_seq_lens;
+  Vector<int32_t, Stride> status;
+  Matrix<int64_t, Stride> output_tokens;
+  Vector<const int64_t, Stride> stop_token_ids;
   int num_groups;
-  KVGroup groups[kMaxGroups];
+  KVGroup<Stride> groups[kGroups];
 
+  ADVANCE_STEP_FN int group_count() const { return kGroups == 1 ? 1 : num_groups; }
   ADVANCE_STEP_FN bool stops(int64_t token) const {
     for (int64_t s = 0; s < num_stop_tokens; ++s) {
       if (stop_token_ids[s] == token) return true;
@@ -166,39 +170,39 @@ struct UntilStopStep {
   // Whether `position` has a page in every group; its slots are written on the way.
   ADVANCE_STEP_FN bool place(int64_t i, int64_t position) const {
     bool placed = true;
-    for (int g = 0; g < num_groups; ++g) {
+    for (int g = 0; g < group_count(); ++g) {
       const int64_t slot = groups[g].block_table.slot(i, position);
       groups[g].slot_mapping[i] = slot;
       placed &= slot != kPadSlot;
     }
     return placed;
   }
-  ADVANCE_STEP_FN RowStatus next_status(int64_t i, int64_t token, int64_t length, bool full) const {
-    if (full) return kLength;
+  // What becomes of a running row; kRunning: its slots are written.
+  ADVANCE_STEP_FN RowStatus next_status(int64_t i, int64_t token, int64_t length) const {
     if (stops(token)) return kStopped;
-    const int64_t most = max_seq_lens.get(i);
-    if (length >= most || length + 1 >= most || length == seq_lens.largest()) return kLength;
+    if (length == seq_lens.largest() || length + 1 >= max_seq_lens.get(i)) return kLength;
     return place(i, length) ? kRunning : kNoPage;
   }
   ADVANCE_STEP_FN void row(int64_t i) const {
-    RowStatus next = static_cast<RowStatus>(status[i]);
-    if (next == kRunning) {
+    if (status[i] == kRunning) {
       const int64_t token = sampled_token_ids.get(i), length = seq_lens.get(i), count = num_generated.get(i);
-      const bool full = count < 0 || count >= output_tokens.columns;
-      next = next_status(i, token, length, full);
+      RowStatus next = kLength;
+      if (static_cast<uint64_t>(count) < static_cast<uint64_t>(output_tokens.columns)) {
+        next = next_status(i, token, length);
+        if (next != kNoPage) {
+          output_tokens(i, count) = token;
+          num_generated.set(i, count + 1);
+        }
+        if (next == kRunning) {
+          input_tokens[i] = token;
+          input_positions[i] = length;
+          seq_lens.set(i, length + 1);
+          return;
+        }
+      }
       status[i] = next;
-      if (!full && next != kNoPage) {
-        output_tokens(i, count) = token;
-        num_generated.set(i, count + 1);
-      }
-      if (next == kRunning) {
-        input_tokens[i] = token;
-        input_positions[i] = length;
-        seq_lens.set(i, length + 1);
-        return;
-      }
     }
-    for (int g = 0; g < num_groups; ++g) groups[g].slot_mapping[i] = pad_slot;
+    for (int g = 0; g < group_count(); ++g) groups[g].slot_mapping[i] = pad_slot;
   }
 };
 

@@ -25,12 +25,12 @@ inline const int32_t kInt32 = aoti_torch_dtype_int32(), kInt64 = aoti_torch_dtyp
 
 // What the core needs to know of a tensor, read once.
 struct Argument {
-  AtenTensorHandle tensor = nullptr;
-  char* data = nullptr;
-  int64_t dim = 0, item = 0;
-  const int64_t *size = nullptr, *stride = nullptr;
-  int32_t dtype = 0;
-  char* end = nullptr;  // of the addresses that its elements lie in; `data` where it has none
+  AtenTensorHandle tensor;
+  char* data;
+  int64_t dim, item;
+  const int64_t *size, *stride;
+  int32_t dtype;
+  char* end;  // of the addresses that its elements lie in; `data` where it has none
 
   Argument() = default;
   explicit Argument(AtenTensorHandle handle) : tensor(handle) {
@@ -45,12 +45,13 @@ struct Argument {
     size = sizes;
     stride = strides;
     item = is_int64() ? 8 : 4;  // every contract asks for one of the two first
-    int64_t last = 0, count = 1;
+    int64_t last = 0;
+    bool empty = false;
     for (int64_t d = 0; d < dim; ++d) {
-      count *= size[d];
+      empty |= size[d] == 0;
       last += (size[d] - 1) * stride[d];
     }
-    end = count == 0 ? data : data + (last + 1) * item;
+    end = empty ? data : data + (last + 1) * item;
   }
 
   bool is_int64() const { return dtype == kInt64; }
@@ -75,8 +76,14 @@ struct Argument {
     return {reinterpret_cast<T*>(data), columns, stride[0] * columns, stride[0]};
   }
 
-  IntVector int_vector() const { return {data, stride[0], is_int64()}; }
-  IntMatrix int_matrix() const { return {data, size[1], stride[0], stride[1], is_int64()}; }
+  template <class Stride>
+  IntVector<Stride> int_vector() const {
+    return {data, stride_as<Stride>(0), is_int64()};
+  }
+  template <class Stride>
+  IntMatrix<Stride> int_matrix() const {
+    return {data, size[1], stride[0], stride_as<Stride>(1), is_int64()};
+  }
 
   template <class Stride>
   Stride stride_as([[maybe_unused]] int64_t d) const {
@@ -100,7 +107,8 @@ struct Argument {
     return false;
   }
   bool meets(const Argument& other) const {
-    if (data == end || other.data == other.end || end <= other.data || other.end <= data) return false;
+    if (end <= other.data || other.end <= data) return false;  // nearly always
+    if (data == end || other.data == other.end) return false;
     const int64_t step = dim == 1 ? stride[0] * item : 0;
     if (step <= 0 || other.dim != 1 || other.stride[0] * other.item != step) return true;
     const int64_t apart = ((other.data - data) % step + step) % step;

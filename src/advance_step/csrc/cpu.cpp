@@ -27,9 +27,8 @@ struct Cpu {
   static bool holds(const Argument* const*, const Argument* const*) { return true; }
 
   template <class F>
-  static void with_stride(std::initializer_list<const Argument*> arguments, F f) {
-    const auto contiguous = [](const Argument* a) { return a->stride[a->dim - 1] == 1; };
-    if (std::all_of(arguments.begin(), arguments.end(), contiguous)) {
+  static void with_stride(const Argument* const* begin, const Argument* const* end, F f) {
+    if (std::all_of(begin, end, [](const Argument* a) { return a->stride[a->dim - 1] == 1; })) {
       f(One{});
     } else {
       f(int64_t{});

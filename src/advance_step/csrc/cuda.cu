@@ -98,7 +98,7 @@ class Cuda {
   }
 
   template <class F>
-  static void with_stride(std::initializer_list<const Argument*>, F f) {
+  static void with_stride(const Argument* const*, const Argument* const*, F f) {
     f(int64_t{});
   }
 

@@ -37,30 +37,31 @@ template <class Executor, class Len, class Page, class Token, class Run>
 void advance_plain(Call& call, const PlainArguments& a, Run run) {
   Argument sampled = a.sampled_token_ids;  // [num_queries] or [num_queries, 1]
   sampled.dim = 1;
-  Executor::with_stride({&a.input_tokens, &sampled, &a.input_positions, &a.seq_lens, &a.slot_mapping, &a.block_tables},
-                        [&](auto stride) {
-                          using Stride = decltype(stride);
-                          const auto block_tables = BlockTable<Matrix<const Page, Stride>>::of(
-                              a.block_tables.matrix<const Page, Stride>(), a.block_size, largest<Len>());
-                          const PlainStep<Len, Page, Token, Stride> step{a.num_seqs,
-                                                                         a.num_queries,
-                                                                         a.input_tokens.vector<int64_t, Stride>(),
-                                                                         sampled.vector<const Token, Stride>(),
-                                                                         a.input_positions.vector<int64_t, Stride>(),
-                                                                         a.seq_lens.vector<Len, Stride>(),
-                                                                         a.slot_mapping.vector<int64_t, Stride>(),
-                                                                         block_tables};
-                          if constexpr (Executor::kChecksData) {
-                            const auto last = static_cast<uint64_t>(block_tables.limit - 1);
-                            const auto seq_lens = step.seq_lens;
-                            // Negative, or past the last that can be advanced: the top bit of one of the two.
-                            call.demand(!Executor::any_row(a.num_queries, [=](int64_t i) {
-                              const auto length = static_cast<uint64_t>(int64_t{seq_lens[i]});
-                              return length | (last - length);
-                            }));
-                          }
-                          run(step);
-                        });
+  const Argument* const all[] = {&a.input_tokens, &sampled,        &a.input_positions,
+                                 &a.seq_lens,     &a.slot_mapping, &a.block_tables};
+  Executor::with_stride(std::begin(all), std::end(all), [&](auto stride) {
+    using Stride = decltype(stride);
+    const auto block_tables = BlockTable<Matrix<const Page, Stride>>::of(a.block_tables.matrix<const Page, Stride>(),
+                                                                         a.block_size, largest<Len>());
+    const PlainStep<Len, Page, Token, Stride> step{a.num_seqs,
+                                                   a.num_queries,
+                                                   a.input_tokens.vector<int64_t, Stride>(),
+                                                   sampled.vector<const Token, Stride>(),
+                                                   a.input_positions.vector<int64_t, Stride>(),
+                                                   a.seq_lens.vector<Len, Stride>(),
+                                                   a.slot_mapping.vector<int64_t, Stride>(),
+                                                   block_tables};
+    if constexpr (Executor::kChecksData) {
+      const auto last = static_cast<uint64_t>(block_tables.limit - 1);
+      const auto seq_lens = step.seq_lens;
+      // Negative, or past the last that can be advanced: the top bit of one of the two.
+      call.demand(!Executor::any_row(a.num_queries, [=](int64_t i) {
+        const auto length = static_cast<uint64_t>(int64_t{seq_lens[i]});
+        return length | (last - length);
+      }));
+    }
+    run(step);
+  });
 }
 
 // In vLLM's argument order, of vLLM's dtypes.
@@ -197,11 +198,13 @@ void eagle_step(StableIValue* stack, uint64_t, uint64_t) {
         using Position = decltype(position);
         using Len = decltype(len);
         using Page = decltype(page);
-        Executor::with_stride({&positions, &seq_lens, &table, &out_positions, &out_slots}, [&](auto stride) {
+        const Argument* const all[] = {&positions, &seq_lens, &table, &out_positions, &out_slots};
+        Executor::with_stride(std::begin(all), std::end(all), [&](auto stride) {
           using Stride = decltype(stride);
           using Table = BlockTable<Matrix<const Page, Stride>>;
           const EagleStep<Position, Len, Page, Stride> step{batch_size,
-                                                            max_model_len,
+                                                            at_most<Position>(max_model_len - 1),
+                                                            at_most<Len>(max_model_len),
                                                             positions.vector<const Position, Stride>(),
                                                             Table::of(table.matrix<const Page, Stride>(), block_size),
                                                             seq_lens.vector<Len, Stride>(),
@@ -217,9 +220,10 @@ void eagle_step(StableIValue* stack, uint64_t, uint64_t) {
 template <class Executor>
 void advance_until_stop(StableIValue* stack, uint64_t, uint64_t) {
   Call call("advance_step::advance_until_stop_refusal", stack);
-  const Argument input_tokens = call.tensor(0), sampled = call.tensor(1), input_positions = call.tensor(2);
-  const Argument seq_lens = call.tensor(3), status = call.tensor(7), output_tokens = call.tensor(8);
-  const Argument num_generated = call.tensor(9), stop_token_ids = call.tensor(10), max_seq_lens = call.tensor(11);
+  const Argument input_tokens = call.tensor(0), input_positions = call.tensor(2), seq_lens = call.tensor(3);
+  const Argument status = call.tensor(7), output_tokens = call.tensor(8), num_generated = call.tensor(9);
+  const Argument stop_token_ids = call.tensor(10), max_seq_lens = call.tensor(11);
+  Argument sampled = call.tensor(1);
   const int64_t groups = call.list(4), tables = call.list(5), sizes = call.list(6);
   call.demand(groups >= 1 && groups <= kMaxGroups && tables == groups && sizes == groups && input_tokens.dim == 1);
   const int64_t rows = input_tokens.size[0];
@@ -230,45 +234,60 @@ void advance_until_stop(StableIValue* stack, uint64_t, uint64_t) {
   call.demand(status.is_int32() && status.is_vector(rows) && output_tokens.is_int64() && output_tokens.has_rows(rows));
   call.demand(stop_token_ids.is_int64() && stop_token_ids.dim == 1);
 
-  UntilStopStep step;
   Argument slot_mapping[kMaxGroups], block_table[kMaxGroups];
+  int64_t block_size[kMaxGroups];
   const Argument* all[9 + 2 * kMaxGroups] = {&input_tokens, &input_positions, &seq_lens,
                                              &status,       &output_tokens,   &num_generated};
   int written = 6;
   for (int g = 0; g < groups; ++g) {
     slot_mapping[g] = call.tensor_in(4, g);
     block_table[g] = call.tensor_in(5, g);
-    const int64_t block_size = call.integer_in(6, g);
-    call.demand(slot_mapping[g].is_int64() && slot_mapping[g].is_vector(rows) && block_size >= 1);
+    block_size[g] = call.integer_in(6, g);
+    call.demand(slot_mapping[g].is_int64() && slot_mapping[g].is_vector(rows) && block_size[g] >= 1);
     call.demand(block_table[g].is_int() && block_table[g].has_rows(rows));
-    step.groups[g] = {slot_mapping[g].vector<int64_t>(),
-                      BlockTable<IntMatrix>::of(block_table[g].int_matrix(), block_size)};
     all[written++] = &slot_mapping[g];
   }
   int count = written;
-  for (const Argument* read : {&sampled, &stop_token_ids, &max_seq_lens}) all[count++] = read;
+  all[count++] = &sampled;
+  all[count++] = &stop_token_ids;
+  all[count++] = &max_seq_lens;
   for (int g = 0; g < groups; ++g) all[count++] = &block_table[g];
   call.demand(Executor::holds(all, all + count));
   call.demand_written_apart(all, count, written, &sampled);
 
-  step.pad_slot = call.integer(12);
-  step.num_stop_tokens = stop_token_ids.size[0];
-  step.input_tokens = input_tokens.vector<int64_t>();
-  step.input_positions = input_positions.vector<int64_t>();
-  step.sampled_token_ids = sampled.int_vector();
-  step.seq_lens = seq_lens.int_vector();
-  step.num_generated = num_generated.int_vector();
-  step.max_seq_lens = max_seq_lens.int_vector();
-  step.status = status.vector<int32_t>();
-  step.output_tokens = output_tokens.matrix<int64_t>();
-  step.stop_token_ids = stop_token_ids.vector<const int64_t>();
-  step.num_groups = static_cast<int>(groups);
-  if constexpr (Executor::kChecksData) {
-    call.demand(!Executor::any_row(rows, [&step](int64_t i) {
-      return step.status[i] == kRunning ? static_cast<uint64_t>(step.num_generated.get(i)) : 0;
-    }));
-  }
-  Executor(input_tokens).rows(step, rows);
+  sampled.dim = 1;  // [B] or [B, 1]
+  const auto run = [&](auto stride, auto most_groups) {
+    using Stride = decltype(stride);
+    UntilStopStep<Stride, most_groups> step{call.integer(12),
+                                            stop_token_ids.size[0],
+                                            input_tokens.vector<int64_t, Stride>(),
+                                            input_positions.vector<int64_t, Stride>(),
+                                            sampled.int_vector<Stride>(),
+                                            seq_lens.int_vector<Stride>(),
+                                            num_generated.int_vector<Stride>(),
+                                            max_seq_lens.int_vector<Stride>(),
+                                            status.vector<int32_t, Stride>(),
+                                            output_tokens.matrix<int64_t, Stride>(),
+                                            stop_token_ids.vector<const int64_t, Stride>(),
+                                            static_cast<int>(groups)};
+    for (int g = 0; g < groups; ++g) {
+      step.groups[g] = {slot_mapping[g].vector<int64_t, Stride>(),
+                        BlockTable<IntMatrix<Stride>>::of(block_table[g].int_matrix<Stride>(), block_size[g])};
+    }
+    if constexpr (Executor::kChecksData) {
+      call.demand(!Executor::any_row(rows, [status = step.status, num_generated = step.num_generated](int64_t i) {
+        return status[i] == kRunning ? static_cast<uint64_t>(num_generated.get(i)) : 0;
+      }));
+    }
+    Executor(input_tokens).rows(step, rows);
+  };
+  Executor::with_stride(all, all + count, [&](auto stride) {
+    if (groups == 1) {
+      run(stride, std::integral_constant<int, 1>{});
+    } else {
+      run(stride, std::integral_constant<int, kMaxGroups>{});
+    }
+  });
 }
 
 template <class Executor>

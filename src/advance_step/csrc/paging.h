@@ -9,7 +9,7 @@
 #if defined(__CUDACC__)
 #define ADVANCE_STEP_FN __host__ __device__ __forceinline__
 #else
-#define ADVANCE_STEP_FN inline
+#define ADVANCE_STEP_FN inline __attribute__((always_inline))
 #endif
 
 namespace advance_step {
@@ -39,9 +39,10 @@ struct Matrix {
 };
 
 // int32 or int64, decided at run time: where a type parameter for each tensor would make too many kernels.
+template <class Stride>
 struct IntVector {
   void* data;
-  int64_t stride;
+  Stride stride;
   bool wide;
   ADVANCE_STEP_FN int64_t get(int64_t i) const {
     return wide ? static_cast<int64_t*>(data)[i * stride] : static_cast<int32_t*>(data)[i * stride];
@@ -55,9 +56,11 @@ struct IntVector {
   }
   ADVANCE_STEP_FN int64_t largest() const { return wide ? INT64_MAX : INT32_MAX; }
 };
+template <class Stride>
 struct IntMatrix {
   const void* data;
-  int64_t columns, row_stride, column_stride;
+  int64_t columns, row_stride;
+  Stride column_stride;
   bool wide;
   ADVANCE_STEP_FN int64_t operator()(int64_t row, int64_t column) const {
     const int64_t at = row * row_stride + column * column_stride;
@@ -68,6 +71,11 @@ struct IntMatrix {
 template <class T>
 ADVANCE_STEP_FN constexpr T largest() {
   return sizeof(T) == 8 ? static_cast<T>(INT64_MAX) : static_cast<T>(INT32_MAX);
+}
+// `value`, or the largest T where that is less.
+template <class T>
+ADVANCE_STEP_FN constexpr T at_most(int64_t value) {
+  return value < largest<T>() ? static_cast<T>(value) : largest<T>();
 }
 
 // Wraps where the true value does not fit; signed overflow would be undefined.
@@ -89,9 +97,11 @@ struct BlockSize {
     while ((value >> shift) > 1) ++shift;
     return {value, shift};
   }
+  // Of two, as nearly always: the compiler is to lay out the loops for that.
+  ADVANCE_STEP_FN bool is_power() const { return __builtin_expect(shift >= 0, 1); }
   // Of a position >= 0; 32-bit division is several times faster, and nearly every position fits.
   ADVANCE_STEP_FN int64_t column(int64_t position) const {
-    if (shift >= 0) return position >> shift;
+    if (is_power()) return position >> shift;
     if (((position | value) >> 32) == 0) return static_cast<uint32_t>(position) / static_cast<uint32_t>(value);
     return position / value;
   }
@@ -102,7 +112,7 @@ struct BlockSize {
   }
   // page * value + position % value; wraps where that does not fit 64 bits.
   ADVANCE_STEP_FN int64_t slot(int64_t page, int64_t position, int64_t column) const {
-    if (shift >= 0) return static_cast<int64_t>(static_cast<uint64_t>(page) << shift) | (position & (value - 1));
+    if (is_power()) return static_cast<int64_t>(static_cast<uint64_t>(page) << shift) | (position & (value - 1));
     return wrapping_add(wrapping_mul(page, value), position - column * value);
   }
 };
