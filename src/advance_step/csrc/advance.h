@@ -65,10 +65,12 @@ struct SpeculativeStep {
       while (count < columns && sampled_token_ids(i, count) != -1) ++count;
       if (count > 0) input_tokens(i, 0) = sampled_token_ids(i, count - 1);
     }
-    const int64_t position = wrapping_add(input_positions(i, j), wrapping_add(accepted_num[i], 1));
+    const int64_t before = input_positions(i, j), accepted = accepted_num[i];
+    const int64_t position = wrapping_add(before, wrapping_add(accepted, 1));
+    const bool wrapped = (position > before) != (accepted >= 0);
     input_positions(i, j) = position;
     seq_lens(i, j) = wrapping_add(position, 1);
-    slot_mapping(i, j) = block_tables.slot(i, position);
+    slot_mapping(i, j) = wrapped ? kPadSlot : block_tables.slot(i, position);
   }
 };
 
@@ -88,8 +90,10 @@ struct FlashInferPages {
     const int64_t column = block_size.column(position);
     return column < block_tables.columns ? column + 1 : block_tables.columns;
   }
-  // Whether the ids of a row's first pages fit the 32 bits that FlashInfer reads.
-  bool fits(int64_t i, int64_t pages) const {
+  // Whether what is said of a row fits the 32 bits that FlashInfer reads: its last page's length and its page ids.
+  bool fits(int64_t i, int64_t position) const {
+    if (block_size.offset(position) >= INT32_MAX) return false;
+    const int64_t pages = count(position);
     for (int64_t j = 0; j < pages; ++j) {
       if (block_tables(i, j) != static_cast<int32_t>(block_tables(i, j))) return false;
     }
@@ -177,11 +181,12 @@ struct UntilStopStep {
     }
     return placed;
   }
-  // What becomes of a running row; kRunning: its slots are written.
+  // What becomes of a running row, whose slots are written on the way if it may go on.
   ADVANCE_STEP_FN RowStatus next_status(int64_t i, int64_t token, int64_t length) const {
     if (stops(token)) return kStopped;
-    if (length == seq_lens.largest() || length + 1 >= max_seq_lens.get(i)) return kLength;
-    return place(i, length) ? kRunning : kNoPage;
+    if (length == INT64_MAX || length + 1 >= max_seq_lens.get(i)) return kLength;
+    if (!place(i, length)) return kNoPage;
+    return length == seq_lens.largest() ? kLength : kRunning;
   }
   ADVANCE_STEP_FN void row(int64_t i) const {
     if (status[i] == kRunning) {

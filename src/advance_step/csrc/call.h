@@ -34,17 +34,22 @@ struct Argument {
 
   Argument() = default;
   explicit Argument(AtenTensorHandle handle) : tensor(handle) {
+    ensure(aoti_torch_get_dtype(tensor, &dtype));
+    if (!is_int()) {  // every contract refuses it, and of a None there is nothing more to read
+      data = end = nullptr;
+      dim = 0;
+      return;
+    }
     void* address;
     int64_t *sizes, *strides;
     ensure(aoti_torch_get_data_ptr(tensor, &address));
     ensure(aoti_torch_get_dim(tensor, &dim));
     ensure(aoti_torch_get_sizes(tensor, &sizes));
     ensure(aoti_torch_get_strides(tensor, &strides));
-    ensure(aoti_torch_get_dtype(tensor, &dtype));
     data = static_cast<char*>(address);
     size = sizes;
     stride = strides;
-    item = is_int64() ? 8 : 4;  // every contract asks for one of the two first
+    item = is_int64() ? 8 : 4;
     int64_t last = 0;
     bool empty = false;
     for (int64_t d = 0; d < dim; ++d) {
@@ -96,6 +101,7 @@ struct Argument {
 
   // The same questions, and the same answers, as errors.py's functions of these names.
   bool meets_itself() const {
+    if (data == end) return false;
     int64_t reach = 0;
     const bool swapped = dim == 2 && stride[0] < stride[1];
     for (int64_t k = 0; k < dim; ++k) {

@@ -121,7 +121,7 @@ void advance_step_flashinfer(StableIValue* stack, uint64_t, uint64_t) {
       for (int64_t i = 0; i < a.num_queries; ++i) needed += pages.count(step.seq_lens[i]);
       call.demand(needed <= pages.num_indices);
       call.demand(!Executor::any_row(a.num_queries, [pages, seq_lens = step.seq_lens](int64_t i) {
-        return uint64_t{!pages.fits(i, pages.count(seq_lens[i]))} << 63;
+        return uint64_t{!pages.fits(i, seq_lens[i])} << 63;
       }));
     }
     Executor(a.input_tokens).rows_and_pages(step, pages);
