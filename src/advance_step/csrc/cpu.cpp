@@ -8,7 +8,7 @@ namespace advance_step {
 namespace {
 
 // Rows below which a second thread costs more than it saves (benchmarks/operator_cpu.py --grain).
-constexpr int64_t kGrain = 8192;
+constexpr int64_t kGrain = 2048;
 
 // f(begin, end) over [0, n), in parallel above the grain.
 template <class F>
