@@ -1,4 +1,5 @@
-"""The CUDA core compiled for GPUs that need not be here: which kernels it has, and that none uses local memory."""
+"""The CUDA core without a GPU: compiled for two, none of its kernels uses local memory; and those whose threads work
+together run on threads of the CPU."""
 
 from __future__ import annotations
 
@@ -85,6 +86,27 @@ def test_kernels_are_the_expected_ones(kernels, capsys):
 def test_no_kernel_uses_local_memory(kernels):
     """A spill, or an array indexed at run time, would put a row's values into device memory."""
     assert {kernel.name: kernel.local_bytes for kernel in kernels if kernel.local_bytes} == {}
+
+
+def run_on_threads(directory: Path, kernels: str) -> str:
+    """What cuda_on_threads.cpp says of these kernels."""
+    (directory / "kernels.inc").write_text(kernels)
+    flags = ["-std=c++20", "-O1", "-pthread", f"-I{ROOT / 'src/advance_step/csrc'}", f"-I{directory}"]
+    program = str(directory / "on_threads")
+    built = subprocess.run(["c++", *flags, str(ROOT / "tests/cuda_on_threads.cpp"), "-o", program], capture_output=True)
+    if b"barrier" in built.stderr:
+        pytest.skip("this compiler has no C++20 barriers")
+    assert built.returncode == 0, built.stderr.decode()[-4000:]
+    return subprocess.run([program], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="no compiler")
+def test_kernels_whose_threads_work_together(tmp_path):
+    source = (ROOT / "src/advance_step/csrc/cuda.cu").read_text()
+    kernels = source[source.index("constexpr int kThreads") : source.index("// Makes the tensors' device")]
+    assert run_on_threads(tmp_path, kernels) == "right"
+    broken = kernels.replace("for (int w = 0; w < warp; ++w)", "for (int w = 0; w < 0; ++w)")  # no warp but its own
+    assert run_on_threads(tmp_path, broken).startswith("wrong at 33 rows")
 
 
 def test_the_report_shows_local_memory():
