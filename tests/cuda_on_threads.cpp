@@ -84,7 +84,7 @@ bool right(int64_t rows, int64_t live, int64_t num_indices, std::mt19937_64& ran
   const PlainStep<int32_t, int32_t, int64_t, int64_t> step{
       rows, live, {tokens.data(), 1}, {sampled.data(), 1}, {positions.data(), 1}, {lens.data(), 1}, {slots.data(), 1},
       block_tables};
-  const FlashInferPages<int32_t> pages{
+  const FlashInferPages<int32_t, int64_t> pages{
       live, ids, BlockSize::of(kBlock), {indices.data(), 1}, num_indices, {indptr.data(), 1}, {last.data(), 1},
       {bound.data(), 1}};
   launch(1, kScanThreads, [&] { advance_and_scan(step, pages); });

@@ -75,14 +75,14 @@ struct SpeculativeStep {
 };
 
 // advance_step_flashinfer: the page metadata, from the positions that PlainStep has just written.
-template <class Page>
+template <class Page, class Stride>
 struct FlashInferPages {
   int64_t num_queries;
-  Matrix<const Page> block_tables;
+  Matrix<const Page, Stride> block_tables;
   BlockSize block_size;
-  Vector<int32_t> indices;
+  Vector<int32_t, Stride> indices;
   int64_t num_indices;
-  Vector<int32_t> indptr, last_page_len, bound;
+  Vector<int32_t, Stride> indptr, last_page_len, bound;
 
   // How many pages of its table a sequence uses whose last token is at `position`.
   ADVANCE_STEP_FN int64_t count(int64_t position) const {
@@ -94,10 +94,9 @@ struct FlashInferPages {
   bool fits(int64_t i, int64_t position) const {
     if (block_size.offset(position) >= INT32_MAX) return false;
     const int64_t pages = count(position);
-    for (int64_t j = 0; j < pages; ++j) {
-      if (block_tables(i, j) != static_cast<int32_t>(block_tables(i, j))) return false;
-    }
-    return true;
+    uint64_t all = 0;  // an id that fits lies in [0, 2^32) once 2^31 is added: a loop that compilers vectorise
+    for (int64_t j = 0; j < pages; ++j) all |= static_cast<uint64_t>(block_tables(i, j)) + (uint64_t{1} << 31);
+    return all >> 32 == 0;
   }
   // `end`: the pages of all rows up to this one.
   ADVANCE_STEP_FN void row(int64_t i, int64_t position, int64_t end) const {
@@ -107,10 +106,12 @@ struct FlashInferPages {
       last_page_len[i] = static_cast<int32_t>(block_size.offset(position) + 1);
     }
   }
-  // Page j of row i, once every row has its indptr.
-  ADVANCE_STEP_FN void index(int64_t i, int64_t j) const {
-    const int64_t at = indptr[i] + j;
-    if (at >= 0 && at < num_indices) indices[at] = static_cast<int32_t>(block_tables(i, j));
+  // The ids of row i, from page `first` on each `step`-th, once every row has its indptr; as many as there is room for.
+  ADVANCE_STEP_FN void copy_ids(int64_t i, int64_t first, int64_t step) const {
+    const int64_t start = indptr[i], room = num_indices - start;
+    if (start < 0) return;  // more pages in all than 32 bits can count
+    const int64_t pages = bound[i] < room ? bound[i] : room;
+    for (int64_t j = first; j < pages; j += step) indices[start + j] = static_cast<int32_t>(block_tables(i, j));
   }
 };
 

@@ -67,9 +67,8 @@ struct Cpu {
       pages.row(i, position, end);
     }
     for_ranges(step.num_queries, [&pages](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t j = 0; j < pages.bound[i]; ++j) pages.index(i, j);
-      }
+      const Pages local = pages;
+      for (int64_t i = begin; i < end; ++i) local.copy_ids(i, 0, 1);
     });
   }
 };

@@ -60,7 +60,7 @@ template <class Pages>
 __global__ void __launch_bounds__(kThreads) copy_pages(const __grid_constant__ Pages pages, int64_t rows) {
   const int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
   if (i >= rows) return;
-  for (int64_t j = threadIdx.x % kWarp; j < pages.bound[i]; j += kWarp) pages.index(i, j);
+  pages.copy_ids(i, threadIdx.x % kWarp, kWarp);
 }
 
 // Makes the tensors' device the current one for as long as it lives, and knows its current stream.

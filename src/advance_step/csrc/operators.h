@@ -4,6 +4,8 @@
 // them (holds), whether values are checked before the first write (kChecksData, any_row), and runs steps.
 #pragma once
 
+#include <algorithm>
+
 #include "call.h"
 
 namespace advance_step {
@@ -32,14 +34,14 @@ void demand_plain(Call& call, const PlainArguments& a) {
       4, &a.sampled_token_ids);
 }
 
-// Checks the lengths, then calls run(step).
+// Checks the lengths, then calls run(step). The step's kind of stride is that of `metadata`, too.
 template <class Executor, class Len, class Page, class Token, class Run>
-void advance_plain(Call& call, const PlainArguments& a, Run run) {
+void advance_plain(Call& call, const PlainArguments& a, std::initializer_list<const Argument*> metadata, Run run) {
   Argument sampled = a.sampled_token_ids;  // [num_queries] or [num_queries, 1]
   sampled.dim = 1;
-  const Argument* const all[] = {&a.input_tokens, &sampled,        &a.input_positions,
-                                 &a.seq_lens,     &a.slot_mapping, &a.block_tables};
-  Executor::with_stride(std::begin(all), std::end(all), [&](auto stride) {
+  const Argument* all[10] = {&a.input_tokens, &sampled,        &a.input_positions,
+                             &a.seq_lens,     &a.slot_mapping, &a.block_tables};
+  Executor::with_stride(all, std::copy(metadata.begin(), metadata.end(), all + 6), [&](auto stride) {
     using Stride = decltype(stride);
     const auto block_tables = BlockTable<Matrix<const Page, Stride>>::of(a.block_tables.matrix<const Page, Stride>(),
                                                                          a.block_size, largest<Len>());
@@ -66,7 +68,7 @@ void advance_plain(Call& call, const PlainArguments& a, Run run) {
 
 // In vLLM's argument order, of vLLM's dtypes.
 template <class Executor, class Run>
-void advance_plain(Call& call, const PlainArguments& a, Run run) {
+void advance_plain(Call& call, const PlainArguments& a, std::initializer_list<const Argument*> metadata, Run run) {
   const Argument& sampled = a.sampled_token_ids;
   call.demand(a.num_queries >= 0 && a.num_queries <= a.num_seqs && a.block_size >= 1);
   call.demand(a.seq_lens.is_int() && a.block_tables.is_int() && sampled.is_int());
@@ -75,7 +77,7 @@ void advance_plain(Call& call, const PlainArguments& a, Run run) {
   with_int_type(a.seq_lens, [&](auto len) {
     with_int_type(a.block_tables, [&](auto page) {
       with_int_type(sampled, [&](auto token) {
-        advance_plain<Executor, decltype(len), decltype(page), decltype(token)>(call, a, run);
+        advance_plain<Executor, decltype(len), decltype(page), decltype(token)>(call, a, metadata, run);
       });
     });
   });
@@ -90,7 +92,7 @@ template <class Executor>
 void advance_step_flashattn(StableIValue* stack, uint64_t, uint64_t) {
   Call call("advance_step::advance_step_flashattn_refusal", stack);
   const PlainArguments a = plain_arguments(call);
-  advance_plain<Executor>(call, a, [&](const auto& step) { Executor(a.input_tokens).rows(step, a.num_seqs); });
+  advance_plain<Executor>(call, a, {}, [&](const auto& step) { Executor(a.input_tokens).rows(step, a.num_seqs); });
 }
 
 template <class Executor>
@@ -106,16 +108,18 @@ void advance_step_flashinfer(StableIValue* stack, uint64_t, uint64_t) {
                           {&indices, &indptr, &last_page_len, &bound, &a.input_tokens, &a.input_positions, &a.seq_lens,
                            &a.slot_mapping, &a.sampled_token_ids, &a.block_tables},
                           4);
-  advance_plain<Executor>(call, a, [&](const auto& step) {
-    using Page = std::remove_const_t<std::remove_pointer_t<decltype(step.block_tables.ids.data)>>;
-    const FlashInferPages<Page> pages{a.num_queries,
-                                      a.block_tables.matrix<const Page>(),
-                                      step.block_tables.block_size,
-                                      indices.vector<int32_t>(),
-                                      indices.size[0],
-                                      indptr.vector<int32_t>(),
-                                      last_page_len.vector<int32_t>(),
-                                      bound.vector<int32_t>()};
+  advance_plain<Executor>(call, a, {&indices, &indptr, &last_page_len, &bound}, [&](const auto& step) {
+    const auto table = step.block_tables.ids;
+    using Page = std::remove_const_t<std::remove_pointer_t<decltype(table.data)>>;
+    using Stride = decltype(table.column_stride);
+    const FlashInferPages<Page, Stride> pages{a.num_queries,
+                                              table,
+                                              step.block_tables.block_size,
+                                              indices.vector<int32_t, Stride>(),
+                                              indices.size[0],
+                                              indptr.vector<int32_t, Stride>(),
+                                              last_page_len.vector<int32_t, Stride>(),
+                                              bound.vector<int32_t, Stride>()};
     if constexpr (Executor::kChecksData) {
       int64_t needed = 0;
       for (int64_t i = 0; i < a.num_queries; ++i) needed += pages.count(step.seq_lens[i]);
@@ -175,7 +179,7 @@ void npu_advance_step_flashattn(StableIValue* stack, uint64_t, uint64_t) {
   call.demand(a.sampled_token_ids.is_int64() && a.sampled_token_ids.is_matrix(a.num_queries, 1));
   demand_plain<Executor>(call, a);
   advance_plain<Executor, int64_t, int64_t, int64_t>(
-      call, a, [&](const auto& step) { Executor(a.input_tokens).rows(step, a.num_seqs); });
+      call, a, {}, [&](const auto& step) { Executor(a.input_tokens).rows(step, a.num_seqs); });
 }
 
 template <class Executor>
