@@ -6,15 +6,15 @@ SmolLM2-135M-Instruct decodes the prompts of examples/prompts.txt (in turn, wher
 without stop tokens, so that every column makes the same number of steps. generate has its default attention (SDPA)
 and left padding. The columns take turns, run by run; a run is warmed by its first two steps. A figure is the median
 time of a step over all runs; a ratio is the median over the rounds of the ratio within a round, so that a drift of the
-machine meets both sides. Prefill is not in it. Writes benchmarks/results/decode-cpu-<date>.md.
-For the compiled column give one number of rows a run: a second one compiled in the same process was measured at half
-its speed.
+machine meets both sides. Prefill is not in it. Each number of rows is measured in a process of its own: a second one
+compiled in the same process was measured at half its speed. Writes benchmarks/results/decode-cpu-<date>.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -43,25 +43,33 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7, and no compiled column")
     options = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load_model(None, getattr(torch, options.dtype), print)
-    texts = [prompt.text for prompt in read_prompts(PROMPTS)]
     table, notes = {}, []
-    for rows in options.rows:
-        prompts = [encode(tokenizer, texts[row % len(texts)], raw=False) for row in range(rows)]
-        columns = {"eager": paged(model, prompts, options.new_tokens, compile=False)}
-        if not options.quick:
-            begin = time.perf_counter()
-            columns["--compile"] = paged(model, prompts, options.new_tokens, compile=True)
-            columns["--compile"]()
-            notes.append(f"- {rows} rows: the first compiled run took {time.perf_counter() - begin:.0f} s")
-        columns["generate"] = generate(model, prompts, options.new_tokens)
-        table[rows] = measure(columns, rounds=3 if options.quick else 7)
-        print(as_table({rows: table[rows]}), flush=True)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for rows in options.rows:
+            table[rows], compiling = pool.apply(measured, (rows, options))
+            if compiling is not None:
+                notes.append(f"- {rows} rows: the first compiled run took {compiling:.0f} s")
+            print(as_table({rows: table[rows]}), flush=True)
     sections = {f"{options.dtype}, {options.new_tokens} new tokens": as_table(table), "Compiling": "\n".join(notes)}
     title = f"Decoding on the CPU: {machine()}, transformers {transformers.__version__}"
     print(f"\n{title}\n" + "\n".join(text for text in sections.values() if text))
     write(f"decode-cpu-{time.strftime('%Y-%m-%d')}", title, __doc__ or "", {k: v for k, v in sections.items() if v})
+
+
+def measured(rows: int, options: argparse.Namespace) -> tuple[dict[str, list[float]], float | None]:
+    """The seconds of a step of every column, round by round, and those of the first compiled run."""
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load_model(None, getattr(torch, options.dtype), print)
+    texts = [prompt.text for prompt in read_prompts(PROMPTS)]
+    prompts = [encode(tokenizer, texts[row % len(texts)], raw=False) for row in range(rows)]
+    columns, compiling = {"eager": paged(model, prompts, options.new_tokens, compile=False)}, None
+    if not options.quick:
+        begin = time.perf_counter()
+        columns["--compile"] = paged(model, prompts, options.new_tokens, compile=True)
+        columns["--compile"]()
+        compiling = time.perf_counter() - begin
+    columns["generate"] = generate(model, prompts, options.new_tokens)
+    return measure(columns, rounds=3 if options.quick else 7), compiling
 
 
 def paged(model: Any, prompts: list[list[int]], new_tokens: int, compile: bool) -> Run:

@@ -15,6 +15,7 @@ from advance_step.compat import emulation
 
 emulation.enable()
 import torch_npu  # noqa: E402
+import torch_npu.npu  # noqa: E402
 
 
 @pytest.fixture(params=[False, True], ids=["grad", "inference"], autouse=True)

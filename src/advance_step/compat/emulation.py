@@ -72,13 +72,15 @@ def enable() -> None:
 
     module = TorchNpu("torch_npu")
     vars(module).update(
-        __spec__=importlib.machinery.ModuleSpec("torch_npu", loader=None),
+        __spec__=importlib.machinery.ModuleSpec("torch_npu", loader=None, is_package=True),
+        __path__=[],
         __version__=f"0+advance_step.{advance_step.__version__}",
         npu=device,
         npu_advance_step_flashattn=torch.ops.npu.npu_advance_step_flashattn,
         _operators=operators,  # a library that is dropped takes its operators along
     )
     sys.modules["torch_npu"] = module
+    sys.modules["torch_npu.npu"] = device
 
 
 def _refuse_cpu(input_tokens: torch.Tensor, *others: object, **options: object) -> NoReturn:

@@ -7,7 +7,7 @@ done. On a GPU such a step is one CUDA graph.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class Decoder:
         self.compiled = compile
         # A step that is compiled and not captured runs the padding rows too, so that one binary serves every step.
         self.static_rows = compile and not self.captured
-        self.forward = torch.compile(self._forward, **self._compile_options()) if compile else self._forward
+        self.forward = self._compiled() if compile else self._forward
 
     @property
     def attention(self) -> str:
@@ -226,11 +226,12 @@ class Decoder:
         ).logits  # [rows, 1, vocabulary]
         return _greedy(logits[:, 0])
 
-    def _compile_options(self) -> dict[str, Any]:
+    def _compiled(self) -> Callable[..., Tensor]:
         if self.captured:
-            return {}  # not fullgraph: flash-attn's functions are none that the compiler knows
-        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU.
-        return {"fullgraph": True, "options": {"freezing": True}}
+            return torch.compile(self._forward)  # not fullgraph: the compiler does not know flash-attn's functions
+        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU. Set
+        # around the call, where the compiler runs: torch.compile's options reach a part of it that is too late.
+        return torch._inductor.config.patch(freezing=True)(torch.compile(self._forward, fullgraph=True))
 
     def _mark_sizes(self, inputs: list[Tensor]) -> None:
         """Tell the compiler which sizes vary from step to step, so that it compiles once for all."""
