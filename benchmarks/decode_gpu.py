@@ -6,12 +6,13 @@ A Llama of SmolLM2-135M's size with random weights in bfloat16, random prompts, 
 
 - "captured": our loop; a step is one graph of model, sampling and advance, and the host looks once per window.
 - "host-rebuilt": the same graph without the advance; at each step the host waits for the tokens, makes the step's
-  inputs as Python lists, and copies them from pinned memory into the graph's buffers, as nano-vllm does.
+  inputs as Python lists, and copies them from pinned memory into the graph's buffers, as nano-vllm prepares a step.
 - "generate": transformers, its default attention, left padding (here all prompts are equally long).
 
 Both of ours as they are and with the model compiled (not with --quick). Columns take turns, round by round; a figure is
 the median over the rounds, a ratio the median of the ratios within a round. "host": µs of a step in which the host is
-not waiting for the device. Prefill is not in it. A figure with * is of a column that made other tokens than "captured".
+not in a call that waits for the device. Prefill is not in it. A figure with * is of a column that made other tokens
+than "captured".
 Writes benchmarks/results/<device>-decode-<date>.md. With --device cpu the columns run uncaptured and nothing is
 written: to try the benchmark itself, on a model of a tenth of the layers.
 """
@@ -30,7 +31,7 @@ import transformers
 from report import gpu_slug, verdict, write
 
 from advance_step import backend_info
-from advance_step.decode import paged_kernels
+from advance_step.decode import loop, paged_kernels
 from advance_step.decode.attention import PAGED
 from advance_step.decode.graphs import capture
 from advance_step.decode.loop import Decoder
@@ -59,6 +60,7 @@ def main() -> None:
     on_gpu = options.device != "cpu"
     if on_gpu and not torch.cuda.is_available():
         sys.exit("no GPU")
+    loop.PREFILL_TOKENS = max(options.rows) * options.prompt  # every row is there before the clock starts
     model = llama(layers=30 if on_gpu else 3).to(options.device)
     table: dict[int, dict[str, list[Run]]] = {}
     attention = ""
@@ -120,8 +122,7 @@ def llama(layers: int) -> Any:
 def decoder_for(model: Any, prompts: list[list[int]], new_tokens: int, window: int, compile: bool) -> Decoder:
     """A row for every prompt."""
     longest = max(map(len, prompts)) + new_tokens
-    kernel_pages = paged_kernels.find(model, paged_kernels.BLOCK_SIZE)
-    block_size = paged_kernels.BLOCK_SIZE if kernel_pages else 16
+    block_size = paged_kernels.default_block_size(model)
     return Decoder(
         model,
         batch_size=len(prompts),
@@ -135,16 +136,16 @@ def decoder_for(model: Any, prompts: list[list[int]], new_tokens: int, window: i
 
 
 class Waiting:
-    """Seconds that the host has waited for the device."""
+    """Seconds that the host has waited for the device, in calls that do."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.seconds = 0.0
-        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
-    def wait(self) -> None:
+    def on(self, call: Callable[..., Any], *args: Any) -> Any:
         begin = time.perf_counter()
-        self.synchronize()
+        result = call(*args)
         self.seconds += time.perf_counter() - begin
+        return result
 
 
 def requests_for(prompts: list[list[int]], new_tokens: int) -> list[Request]:
@@ -152,19 +153,15 @@ def requests_for(prompts: list[list[int]], new_tokens: int) -> list[Request]:
 
 
 def captured(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Callable[[], Run]:
-    """Our loop as it is; only the clock is added, before the host's look."""
-    waiting, look = Waiting(decoder.model.device), decoder.state.look
-
-    def timed_look(rows: slice) -> Any:
-        waiting.wait()
-        return look(rows)
-
-    decoder.state.look = timed_look  # type: ignore[method-assign]
+    """Our loop as it is; only the clock is added, around the host's look."""
+    waiting, look = Waiting(), decoder.state.look
+    decoder.state.look = lambda rows: waiting.on(look, rows)  # type: ignore[method-assign]
 
     def run() -> Run:
         requests = requests_for(prompts, new_tokens)
         steps = decoder.run(requests)
         next(steps)  # the prefill
+        assert all(request.tokens for request in requests)
         waiting.seconds = 0.0
         begin = time.perf_counter()
         for _ in steps:
@@ -182,7 +179,7 @@ def captured(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Cal
 def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Callable[[], Run]:
     """The host makes every step's inputs from its own lists."""
     state, device, block_size = decoder.state, decoder.model.device, decoder.cache.block_size
-    on_gpu, waiting = device.type == "cuda", Waiting(device)
+    on_gpu, waiting = device.type == "cuda", Waiting()
 
     def on_device(values: Any, dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.tensor(values, dtype=dtype, pin_memory=on_gpu)
@@ -215,6 +212,7 @@ def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int) ->
         requests = requests_for(prompts, new_tokens)
         steps = decoder.run(requests)
         next(steps)  # the prefill
+        assert all(request.tokens for request in requests)
         waiting.seconds = 0.0
         begin = time.perf_counter()
         for _ in range(new_tokens - 1):
@@ -224,13 +222,10 @@ def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int) ->
                 decoder.graphs.replay(rows, pages)
             else:
                 decoder._sample(rows, pages)
-            waiting.wait()
-            for request, token in zip(requests, state.sampled[: len(requests)].tolist(), strict=True):
+            for request, token in zip(requests, waiting.on(state.sampled[: len(requests)].tolist), strict=True):
                 request.tokens.append(token)
         seconds = time.perf_counter() - begin
-        for row in reversed(range(len(requests))):  # leave the batch as a run of its own would
-            decoder.pool.give_back(decoder.rows.pop().pages)
-            state.remove(row, row)
+        steps.close()
         return Run(
             seconds / (new_tokens - 1),
             (seconds - waiting.seconds) / (new_tokens - 1),

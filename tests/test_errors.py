@@ -287,6 +287,11 @@ def test_dispatcher_refuses_none_for_a_tensor(call, argument):
     assert f"{call}: {argument}: expected int32" in str(refused(operator(call), call, argument, None))
 
 
+def test_the_largest_int():
+    error = refused(operator("advance_step_flashinfer"), "advance_step_flashinfer", "num_seqs", 2**63 - 1)
+    assert "input_tokens: expected int64 [num_seqs] with num_seqs=9223372036854775807" in str(error)
+
+
 @pytest.mark.parametrize("argument", ["num_seqs", "block_size"])
 def test_an_int_past_64_bits(argument):
     error = refused(function("advance_step_flashattn"), "advance_step_flashattn", argument, 2**63)

@@ -194,7 +194,8 @@ def advance_step_flashinfer(
         block_table_bound: int32 [num_seqs], written.
 
     Raises:
-        ValueError, DtypeError: as the module says.
+        ValueError, DtypeError: as the module says; on the CPU also for page ids or last page lengths that do not fit
+            int32 (an accelerator cuts them).
 
     Sharing: sampled_token_ids may be the very memory of input_tokens[:num_queries].
     Source: vLLM's advance_step_flashinfer (csrc/prepare_inputs, version 0.9 and before).

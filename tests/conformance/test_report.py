@@ -28,6 +28,11 @@ def test_a_target_that_dies_fails_the_clause_and_not_the_kit() -> None:
     assert results[1].detail == "the process died: SIGABRT"
 
 
+def test_a_target_that_ends_its_process_fails_every_clause() -> None:
+    results = list(check_apart("wrong:quitting_eagle", [("eagle", "advances"), ("eagle", "no-rows")], "cpu"))
+    assert [(r.outcome, r.detail) for r in results] == [("FAILS", "the process ended: exit status 0")] * 2
+
+
 def test_a_target_that_does_not_load() -> None:
     with pytest.raises(NotLoadedError, match="No module named 'no_such_module'"):
         list(check_apart("no_such_module:f", [("eagle", "advances")], "cpu"))
@@ -87,6 +92,7 @@ def test_json_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         (("wrong:right_eagle", "eagle", "cpu", ["no-row"]), "skip: expected clauses of eagle: .* got no-row"),
         (("wrong:right_eagle", "eagle", "cpu", [], "html"), "format: expected one of table, json, .* got 'html'"),
         (("wrong:no_such_function", "eagle"), "wrong:no_such_function was not loaded: AttributeError"),
+        (("wrong:right_eagle", "eagle", "cuda:77"), "wrong:right_eagle was not loaded: .*no device 'cuda:77'"),
     ],
 )
 def test_what_cannot_be_run_is_refused(arguments: tuple, message: str) -> None:

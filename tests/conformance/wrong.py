@@ -185,5 +185,10 @@ def dying_eagle(*args: Any) -> None:
     right_eagle(*args)
 
 
+def quitting_eagle(*args: Any) -> None:
+    """Ends its process, in good order."""
+    raise SystemExit
+
+
 published = published_npu()
 eagle_without_a_guard = implementation("eagle", last_column_slot)

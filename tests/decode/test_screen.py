@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from advance_step.decode.loop import Figures
-from advance_step.decode.request import Request
+from advance_step.decode.request import Figures, Request
 from advance_step.decode.screen import summary, text_stream
 
 

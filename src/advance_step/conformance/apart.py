@@ -37,6 +37,7 @@ def check_apart(
     """
     pending = list(pending)
     while pending:
+        before = len(pending)
         read, write = os.pipe()
         job = json.dumps({"target": target, "pending": pending, "device": device, "pipe": write})
         command = [sys.executable, "-m", __name__, job]
@@ -53,7 +54,7 @@ def check_apart(
         if not loaded:
             raise NotLoadedError(said.strip().rpartition("\n")[2] or f"the process {_ending(status)}")
         sys.stderr.write(said)
-        if pending and status:
+        if pending and (status or len(pending) == before):  # it may also have ended itself in good order
             contract, name = pending.pop(0)
             yield Result(contract, name, clauses(contract)[name].sentence, FAILS, f"the process {_ending(status)}")
 

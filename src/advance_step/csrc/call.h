@@ -99,7 +99,7 @@ struct Argument {
     }
   }
 
-  // The same questions, and the same answers, as errors.py's functions of these names.
+  // The same questions, and the same answers, as errors.py's _meets_itself, _meets and _is_start_of.
   bool meets_itself() const {
     if (data == end) return false;
     int64_t reach = 0;

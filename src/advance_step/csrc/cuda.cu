@@ -1,5 +1,5 @@
 // CUDA: no value is read by the host; a row out of place gets the pad slot. One launch per call on the current stream
-// (two for advance_step_flashinfer), a thread a row, any number of rows; no allocation, no query, no synchronisation.
+// (two for advance_step_flashinfer), a thread a row or an entry, any number of rows; no allocation, no query, no wait.
 #include <cuda_runtime.h>
 
 #include <cstdlib>

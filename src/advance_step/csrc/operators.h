@@ -1,7 +1,8 @@
 // Every operator as the dispatcher calls it: read the arguments, demand what the contract asks, run the step.
 //
 // An Executor is where the rows run: Cpu in cpu.cpp, Cuda in cuda.cu. It says whether tensors are where it can reach
-// them (holds), whether values are checked before the first write (kChecksData, any_row), and runs steps.
+// them (holds), what the compiler may know of strides (with_stride), whether values are checked before the first write
+// (kChecksData, any_row), and runs steps (rows, rows_and_pages).
 #pragma once
 
 #include <algorithm>
@@ -101,7 +102,8 @@ void advance_step_flashinfer(StableIValue* stack, uint64_t, uint64_t) {
   const PlainArguments a = plain_arguments(call);
   const Argument indices = call.tensor(9), indptr = call.tensor(10), last_page_len = call.tensor(11),
                  bound = call.tensor(12);
-  call.demand(indices.is_int32() && indices.dim == 1 && indptr.is_int32() && indptr.is_vector(a.num_seqs + 1));
+  call.demand(indices.is_int32() && indices.dim == 1 && indptr.is_int32() && indptr.dim == 1 &&
+              indptr.size[0] - 1 == a.num_seqs);
   call.demand(last_page_len.is_int32() && last_page_len.is_vector(a.num_seqs));
   call.demand(bound.is_int32() && bound.is_vector(a.num_seqs));
   demand_memory<Executor>(call,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.cache import PagedKVCache, head_dim
 from advance_step.decode.paged_kernels import PagedKernel
 
 PAGED = "advance_step_paged"
@@ -27,6 +27,10 @@ SDPA_MAX_KEYS = 512
 # Layer types of transformers' configs that are attention over keys and values, with nothing else kept between steps.
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
+# Kinds of rotary positions whose frequencies follow from the longest sequence of the batch: a row's tokens would depend
+# on its neighbours.
+BATCH_WIDE_ROPE = {"dynamic", "longrope"}
+
 
 def check_model(model: Any) -> None:
     """ValueError for a model whose layers do not all attend through transformers' attention interface."""
@@ -36,6 +40,17 @@ def check_model(model: Any) -> None:
     other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if other:
         raise ValueError(f"model: expected only layers of {sorted(LAYER_TYPES)}, got {other} in {name}")
+    if rope := _rope_types(config) & BATCH_WIDE_ROPE:
+        raise ValueError(f"model: expected positions that each row has for itself, got {rope.pop()} RoPE in {name}")
+    if (size := getattr(config, "v_head_dim", None)) not in (None, head_dim(config)):
+        raise ValueError(f"model: expected values of head_dim={head_dim(config)}, as keys, got {size} in {name}")
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions in a config: one for all layers, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    return {p["rope_type"] for p in each if "rope_type" in p}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The paged KV cache: written by slot, read through block tables."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ _LIBRARY.impl("gather_rows", lambda source, index: source.index_select(0, index)
 @torch.library.register_fake("advance_step_decode::gather_rows", lib=_LIBRARY)
 def _gather_rows_fake(source: Tensor, index: Tensor) -> Tensor:
     return source.new_empty(index.shape[0], source.shape[1])
+
+
+def head_dim(config: Any) -> int:
+    """The size of a head, of a model with such a config of transformers."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @dataclass
@@ -55,7 +61,7 @@ class PagedKVCache:
         return self.layers[0].shape[3]
 
     def write_index(self, slots: Tensor) -> Tensor:
-        """Where the tokens of `slots` [tokens] lie in a layer seen as rows of head_dim: [2 * tokens * kv_heads].
+        """Where the tokens of `slots` int64 [tokens] lie in a layer seen as rows of head_dim: [2 * tokens * kv_heads].
 
         It is the same for all layers, so that a step computes it once.
         """
@@ -69,7 +75,7 @@ class PagedKVCache:
     def read_index(self, block_tables: Tensor) -> Tensor:
         """Where the pages of `block_tables` [rows, pages] lie in a layer seen as rows of block_size * head_dim.
 
-        [2 * rows * kv_heads * pages], in the order of `read`'s result.
+        As block_tables' dtype, [2 * rows * kv_heads * pages], in the order of `read`'s result.
         """
         _, two, kv_heads, _, _ = self.layers[0].shape
         plane = torch.arange(two * kv_heads, device=block_tables.device).view(two, 1, kv_heads, 1)

@@ -12,7 +12,7 @@ class StepGraphs:
 
     def __init__(self, replays: dict[tuple[int, int], Callable[[], None]]) -> None:
         self.replays = replays
-        self.rows, self.pages = ([*dict.fromkeys(sorted(sizes))] for sizes in zip(*replays, strict=True))
+        self.rows, self.pages = (sorted(set(sizes)) for sizes in zip(*replays, strict=True))
 
     def fit(self, rows: int, pages: int) -> tuple[int, int]:
         """The smallest captured size that holds this one."""

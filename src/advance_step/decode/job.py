@@ -10,8 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from advance_step.decode.loop import Decoder
 from advance_step.decode.model import load_model, stop_token_ids
-from advance_step.decode.paged_kernels import BLOCK_SIZE as KERNEL_BLOCK_SIZE
-from advance_step.decode.paged_kernels import find
+from advance_step.decode.paged_kernels import default_block_size
 from advance_step.decode.prompts import Prompt, kept, read_prompts, to_request, write_result
 from advance_step.decode.request import Request, pages_for
 from advance_step.decode.screen import progress_bar, progress_line, say, summary, text_stream
@@ -75,7 +74,7 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
 
 def decoder_for(model: Any, requests: list[Request], settings: Settings) -> Decoder:
     """A decoder with rows and pages for these requests, and no more."""
-    block_size = settings.block_size or (KERNEL_BLOCK_SIZE if find(model, KERNEL_BLOCK_SIZE) else 16)
+    block_size = settings.block_size or default_block_size(model)
     batch_size = min(settings.batch_size, len(requests))
     return Decoder(
         model,

@@ -8,19 +8,19 @@ done. On a GPU such a step is one CUDA graph.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from advance_step import RowStatus
+from advance_step._schema import CHECK_VALUES
 from advance_step.decode import paged_kernels
 from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_model
-from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.cache import PagedKVCache, head_dim
 from advance_step.decode.graphs import StepGraphs, capture, doubling
 from advance_step.decode.pages import PagePool
-from advance_step.decode.request import Request
+from advance_step.decode.request import Figures, Request
 from advance_step.decode.state import BatchState
 
 # Prompts are prefilled together up to this many tokens: enough to fill the matmuls, bounded in memory.
@@ -35,22 +35,6 @@ MIN_CAPTURED_TOKENS = 128
 FINISH_REASON = {RowStatus.STOPPED: "stop", RowStatus.LENGTH: "length"}
 
 
-@dataclass
-class Figures:
-    """What the run has done so far, in steps, tokens and seconds."""
-
-    steps: int = 0
-    tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    advance_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Prefill and decoding together."""
-        return self.prefill_seconds + self.decode_seconds
-
-
 class Decoder:
     """Greedy decoding of requests in a batch of `batch_size` rows over a paged KV cache.
 
@@ -61,7 +45,12 @@ class Decoder:
         an admitted one never waits; `pages_for` counts what keeps every row busy.
     stop_token_ids: a row that samples one of them is finished; the token is kept.
     window: steps between two looks of the host. A row that is done within a window stands still until its end.
-    compile: compile the decode step (the first steps of each batch size then take as long as the compiler does).
+    compile: compile the model's part of the step, once: when the first step runs, or when it is captured.
+
+    A step runs in one of three ways: eagerly on the live rows; compiled, on a CPU, on all rows; or replayed from the
+    graph of the next larger size, compiled before it was captured or not.
+
+    Raises ValueError for a model that cannot be decoded so (`check_model`), and for a window below 1.
     """
 
     def __init__(
@@ -77,16 +66,17 @@ class Decoder:
         compile: bool = False,
     ) -> None:
         check_model(model)
+        if window < 1:
+            raise ValueError(f"window: expected window >= 1, got {window}")
         config = model.config.get_text_config()
         max_pages = max(-(-max_seq_len // block_size), MIN_PAGES)
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.model = model
         self.window = window
+        self.max_seq_len = max_seq_len
         self.pool = PagePool(range(num_pages))
         self.cache = PagedKVCache.allocate(
-            config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim, model.dtype, model.device
+            config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim(config), model.dtype, model.device
         )
         # One column more than is ever read: a view of all columns is contiguous, which would recompile the step.
         self.state = BatchState.allocate(
@@ -95,47 +85,68 @@ class Decoder:
         self.rows: list[Request] = []  # request of each live row
         self.figures = Figures()
         self.kernel = paged_kernels.find(model, block_size)
-        self.captured = model.device.type == "cuda"
+        self.captured = model.device.type == "cuda" and not CHECK_VALUES  # a check waits for the device
         self.graphs: StepGraphs | None = None
         self.compiled = compile
         # A step that is compiled and not captured runs the padding rows too, so that one binary serves every step.
         self.static_rows = compile and not self.captured
-        self.forward = self._compiled() if compile else self._forward
+        self.forward = self._compile() if compile else self._forward
 
     @property
     def attention(self) -> str:
         """What attends to the pages in a decode step."""
-        return self.kernel.name if self.kernel else "SDPA over gathered pages"
+        return self.kernel.name if self.kernel else "torch over gathered pages"
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Decode all requests; yields after each step the requests that it finished (often none)."""
+        """Decode all requests; yields after each prefill and each window the requests that it finished (often none).
+
+        Raises ValueError for a request that is empty or longer than max_seq_len, RuntimeError for one that needs more
+        pages than there are. A run that is not carried to its end gives up the rows that it has.
+        """
+        waiting = deque(requests)
+        for request in waiting:
+            self._check(request)
         self.model.set_attn_implementation(PAGED)
         if self.captured and self.graphs is None:
             self._capture()
-        waiting = deque(requests)
-        while waiting or self.rows:
-            if waiting and len(self.rows) < len(self.state.sampled):
-                yield self._prefill(waiting)
-            if self.rows:
-                yield self._decode()
+        try:
+            while waiting or self.rows:
+                while self._can_admit(waiting):
+                    yield self._prefill(waiting)
+                if self.rows:
+                    yield self._decode()
+        finally:
+            for row in reversed(range(len(self.rows))):
+                self._remove(row)
+
+    def _check(self, request: Request) -> None:
+        prompt, new, most = len(request.prompt_ids), request.max_new_tokens, self.max_seq_len
+        if not (prompt >= 1 and new >= 1 and prompt + new <= most):
+            expected = f"expected a prompt and new tokens, {most} together at most"
+            raise ValueError(f"request {request.id!r}: {expected}, got {prompt} and {new}")
+
+    def _can_admit(self, waiting: deque[Request]) -> bool:
+        """Whether there is a row, and there are pages, for the next prompt; where no row is live, take() says."""
+        if not waiting or len(self.rows) == len(self.state.sampled):
+            return False
+        return not self.rows or self._pages(waiting[0]) <= len(self.pool.free)
+
+    def _pages(self, request: Request) -> int:
+        """Pages for all that the request may become."""
+        return -(-request.max_seq_len // self.cache.block_size)
 
     def _prefill(self, waiting: deque[Request]) -> list[Request]:
         """Admit prompts to the free rows, compute their keys and values, and sample their first tokens."""
         first, tokens, block_size = len(self.rows), 0, self.cache.block_size
-        while waiting and len(self.rows) < len(self.state.sampled):
+        while self._can_admit(waiting):
             request = waiting[0]
-            pages = -(-request.max_seq_len // block_size)
             if tokens and tokens + len(request.prompt_ids) > PREFILL_TOKENS:
                 break
-            if self.rows and pages > len(self.pool.free):  # with no live row to wait for, take() tells what is missing
-                break
-            request.pages = self.pool.take(pages)
+            request.pages = self.pool.take(self._pages(request))
             self.state.admit(len(self.rows), len(request.prompt_ids), request.max_seq_len, request.pages)
             self.rows.append(waiting.popleft())
             tokens += len(request.prompt_ids)
-        if tokens == 0:
-            return []
 
         begin = time.perf_counter()
         admitted = self.rows[first:]
@@ -226,7 +237,7 @@ class Decoder:
         ).logits  # [rows, 1, vocabulary]
         return _greedy(logits[:, 0])
 
-    def _compiled(self) -> Callable[..., Tensor]:
+    def _compile(self) -> Callable[..., Tensor]:
         if self.captured:
             return torch.compile(self._forward)  # not fullgraph: the compiler does not know flash-attn's functions
         # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU. Set
@@ -256,18 +267,24 @@ class Decoder:
         for request, (status, tokens) in zip(
             self.rows[first:], self.state.look(slice(first, len(self.rows))), strict=True
         ):
+            assert status in (RowStatus.RUNNING, *FINISH_REASON), status  # every page that it may need is its own
             request.tokens += tokens
             request.finish_reason = FINISH_REASON.get(status)
             self.figures.tokens += len(tokens)
         finished = []
         for row in range(len(self.rows) - 1, first - 1, -1):
             if self.rows[row].finish_reason is not None:
-                finished.append(self.rows[row])
-                self.pool.give_back(self.rows[row].pages)
-                self.state.remove(row, len(self.rows) - 1)
-                self.rows[row] = self.rows[-1]
-                self.rows.pop()
+                finished.append(self._remove(row))
         return finished[::-1]
+
+    def _remove(self, row: int) -> Request:
+        """Take the request out of its row, which the last live row then has."""
+        request = self.rows[row]
+        self.pool.give_back(request.pages)
+        self.state.remove(row, len(self.rows) - 1)
+        self.rows[row] = self.rows[-1]
+        self.rows.pop()
+        return request
 
 
 def _greedy(logits: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from advance_step.decode.cache import head_dim
+
 BLOCK_SIZE = 256  # what tokens in a page must be a multiple of
 
 # query [rows, 1, heads, head_dim], keys and values [pages, block_size, kv_heads, head_dim], block_tables and seq_lens
@@ -30,18 +32,21 @@ class PagedKernel(NamedTuple):
 def find(model: Any, block_size: int) -> PagedKernel | None:
     """The first kernel that serves the model with such pages, or None; those known have FlashAttention 2's limits."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_dim(config)
     if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(model.device) < (8, 0):
         return None
-    if model.dtype not in (torch.float16, torch.bfloat16) or block_size % BLOCK_SIZE or head_dim % 8 or head_dim > 256:
+    if model.dtype not in (torch.float16, torch.bfloat16) or block_size % BLOCK_SIZE or size % 8 or size > 256:
         return None
-    if importlib.util.find_spec("flash_attn"):
-        import flash_attn
-
-        return PagedKernel(f"flash-attn {flash_attn.__version__}", flash_attn_pages)
+    if _flash_attn_takes_pages():
+        return PagedKernel("flash-attn", flash_attn_pages)
     if _varlen_takes_pages() and getattr(config, "attn_logit_softcapping", None) is None:
         return PagedKernel(f"torch {torch.__version__}'s varlen_attn", varlen_pages)
     return None
+
+
+def default_block_size(model: Any) -> int:
+    """Tokens in a page where nobody asks for another number: what a kernel wants, if one serves the model."""
+    return BLOCK_SIZE if find(model, BLOCK_SIZE) else 16
 
 
 def flash_attn_pages(
@@ -54,7 +59,7 @@ def flash_attn_pages(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """By the package flash-attn."""
+    """By the package flash-attn. Arguments and result: `Attend`."""
     from flash_attn import flash_attn_with_kvcache
 
     return flash_attn_with_kvcache(
@@ -80,7 +85,12 @@ def varlen_pages(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """By torch itself, from the version on whose `varlen_attn` takes a block table; it has no softcap."""
+    """By torch itself, from the version on whose `varlen_attn` takes a block table. Arguments and result: `Attend`.
+
+    Raises ValueError where scores are to be capped: this kernel cannot.
+    """
+    if softcap is not None:
+        raise ValueError(f"softcap: expected None, got {softcap}: torch's varlen_attn has none")
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.arange(query.shape[0] + 1, dtype=torch.int32, device=query.device)  # one query a row
@@ -89,7 +99,7 @@ def varlen_pages(
         keys,
         values,
         ends,
-        ends,  # of keys there are seqused_k; what stands here is not read
+        ends,  # without effect: of keys there are seqused_k, in pages
         1,
         block_tables.shape[1] * keys.shape[1],
         scale=scaling,
@@ -102,6 +112,14 @@ def varlen_pages(
     return out[:, None]
 
 
+def _flash_attn_takes_pages() -> bool:
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:  # not installed, or built for another torch
+        return False
+    return {"block_table", "softcap"} <= set(inspect.signature(flash_attn_with_kvcache).parameters)
+
+
 def _varlen_takes_pages() -> bool:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return False
@@ -111,5 +129,9 @@ def _varlen_takes_pages() -> bool:
 
 
 def _window(sliding_window: int | None) -> tuple[int, int]:
-    """As both kernels count it: keys before the query's own, keys after it; -1: all."""
-    return (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    """As both kernels count it: keys before the query's own, keys after it; -1: all.
+
+    Without a window no side is bounded, though none lies after the query: only so do the kernels take the query heads
+    that share keys together.
+    """
+    return (-1, -1) if sliding_window is None else (sliding_window - 1, 0)

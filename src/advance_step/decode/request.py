@@ -26,6 +26,22 @@ class Request:
         return len(self.prompt_ids) + len(self.tokens)
 
 
+@dataclass
+class Figures:
+    """What the run has done so far, in steps, tokens and seconds."""
+
+    steps: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    advance_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and decoding together."""
+        return self.prefill_seconds + self.decode_seconds
+
+
 def pages_for(requests: Iterable[Request], batch_size: int, block_size: int) -> int:
     """Pages that the `batch_size` largest requests need: with these no row is ever left empty for want of a page."""
     needs = sorted((-(-request.max_seq_len // block_size) for request in requests), reverse=True)

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from advance_step.decode.loop import Decoder, Figures
-from advance_step.decode.request import Request
+from advance_step.decode.loop import Decoder
+from advance_step.decode.request import Figures, Request
 
 
 def say(line: str) -> None:
@@ -50,7 +50,7 @@ def summary(figures: Figures, finished: int) -> str:
 
 
 def text_stream(tokenizer: Any, write: Callable[[str], Any]) -> Callable[[Request], None]:
-    """A function that is given the request after each step and writes the text that is new.
+    """A function that is given the request after each look at it and writes the text that is new.
 
     Text that may still change (a character whose bytes are not all there) is held back until the request is finished.
     """

@@ -62,7 +62,10 @@ class BatchState:
         )
 
     def admit(self, row: int, prompt_length: int, max_seq_len: int, pages: list[int]) -> None:
-        """Make `row` a sequence whose prompt is cached in `pages`; the next advance turns to its first new token."""
+        """Make `row`, a padding one, a sequence whose prompt is cached in `pages`.
+
+        The next advance turns to its first new token. (What the row had recorded, the last look has taken.)
+        """
         self.seq_lens[row] = prompt_length
         self.max_seq_lens[row] = max_seq_len
         self.block_tables[row].fill_(self.spare_page)
