@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# index_select(0, index), as one operator. Where the compiler sees the gather itself, it works an address out for every
-# element in whatever reads the pages: on the CPU that made compiled attention several times slower than eager.
+# index_select(0, index) as one operator, for the compiler. Where it sees the gather itself, it works an address out for
+# every element in whatever reads the pages: on the CPU that made compiled attention several times slower than eager.
 _LIBRARY = torch.library.Library("advance_step_decode", "DEF")
 _LIBRARY.define("gather_rows(Tensor source, Tensor index) -> Tensor")
 _LIBRARY.impl("gather_rows", lambda source, index: source.index_select(0, index), "CompositeExplicitAutograd")
@@ -96,6 +96,10 @@ class PagedKVCache:
         """Keys and values of `rows` rows, each [rows, kv_heads, pages * block_size, head_dim] and contiguous."""
         kv = self.layers[layer]
         _, _, kv_heads, block_size, head_dim = kv.shape
-        pages = torch.ops.advance_step_decode.gather_rows(kv.view(-1, block_size * head_dim), index)
+        source = kv.view(-1, block_size * head_dim)
+        if torch.compiler.is_compiling():
+            pages = torch.ops.advance_step_decode.gather_rows(source, index)
+        else:
+            pages = source.index_select(0, index)
         keys, values = pages.view(2, rows, kv_heads, -1, head_dim).unbind(0)
         return keys, values
