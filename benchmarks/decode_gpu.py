@@ -152,6 +152,12 @@ def requests_for(prompts: list[list[int]], new_tokens: int) -> list[Request]:
     return [Request(row, prompt, new_tokens) for row, prompt in enumerate(prompts)]
 
 
+def per_step(seconds: float, waiting: Waiting, requests: list[Request]) -> Run:
+    """Of a run that took so long from the first tokens on."""
+    steps = len(requests[0].tokens) - 1
+    return Run(seconds / steps, (seconds - waiting.seconds) / steps, [request.tokens for request in requests])
+
+
 def captured(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Callable[[], Run]:
     """Our loop as it is; only the clock is added, around the host's look."""
     waiting, look = Waiting(), decoder.state.look
@@ -167,11 +173,7 @@ def captured(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Cal
         for _ in steps:
             pass
         seconds = time.perf_counter() - begin
-        return Run(
-            seconds / (new_tokens - 1),
-            (seconds - waiting.seconds) / (new_tokens - 1),
-            [request.tokens for request in requests],
-        )
+        return per_step(seconds, waiting, requests)
 
     return run
 
@@ -226,11 +228,7 @@ def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int) ->
                 request.tokens.append(token)
         seconds = time.perf_counter() - begin
         steps.close()
-        return Run(
-            seconds / (new_tokens - 1),
-            (seconds - waiting.seconds) / (new_tokens - 1),
-            [request.tokens for request in requests],
-        )
+        return per_step(seconds, waiting, requests)
 
     return run
 
