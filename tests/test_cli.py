@@ -135,7 +135,12 @@ def test_bad_input_is_an_error_before_any_work(arguments, said):
     assert (ran.exit_code, ran.output) == (1, f"advance-step generate: {said}\n")
 
 
-@pytest.mark.parametrize("option", ["--block-size", "--batch-size", "--max-new-tokens"])
+def test_a_device_that_is_not_there():
+    ran = CliRunner().invoke(app, ["generate", "Hi", "--device", "cuda:77"])
+    assert ran.exit_code == 1 and ran.output.startswith("advance-step generate: no device 'cuda:77': ")
+
+
+@pytest.mark.parametrize("option", ["--block-size", "--batch-size", "--max-new-tokens", "--window"])
 def test_sizes_below_one_are_refused(option):
     ran = CliRunner().invoke(app, ["generate", "x", option, "0"])
     assert ran.exit_code == 2

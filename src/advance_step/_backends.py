@@ -82,6 +82,14 @@ def warmup(device: torch.device | str | int) -> None:
         kernels.warmup(device)
 
 
+def check_device(device: str) -> None:
+    """ValueError for a device that this torch does not have here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch says either, in words of its own
+        raise ValueError(f"no device {device!r}: {str(error).splitlines()[0]}") from None
+
+
 def _served_by(device: str, key: str) -> dict[str, str]:
     if device in _triton_on:
         return {"executor": "triton", "why": f"no native core: {_native_off or _no_kernels(device)}"}

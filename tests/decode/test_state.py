@@ -76,6 +76,14 @@ def test_the_last_live_row_takes_a_removed_ones_place():
     assert state.status.tolist() == [RowStatus.RUNNING] * 2 + [RowStatus.PADDING] * 2
 
 
+def test_a_removed_row_has_recorded_nothing():
+    """Even if nobody looked: a run may end within a window."""
+    state = batch()
+    advance(state, 7, 8, 9, 0)
+    state.remove(0, last=2)
+    assert state.num_generated.tolist() == [1, 1, 0, 0]
+
+
 def test_removing_the_last_row_leaves_the_others():
     state = batch()
     state.remove(2, last=2)

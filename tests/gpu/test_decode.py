@@ -78,7 +78,7 @@ def test_between_two_looks_the_host_neither_waits_nor_allocates(device):
 def test_kernels_that_read_pages(device, kernel, window, heads, kv_heads):
     if kernel is paged_kernels.flash_attn_pages:
         pytest.importorskip("flash_attn", reason="flash-attn is not installed")
-    elif not paged_kernels._varlen_takes_pages():
+    elif not paged_kernels.takes("torch.nn.attention.varlen", "varlen_attn", "block_table"):
         pytest.skip(f"torch {torch.__version__}'s varlen_attn takes no block table")
     torch.manual_seed(0)
     rows, pages, block_size, head_dim = 5, 3, 256, 64

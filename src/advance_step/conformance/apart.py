@@ -16,8 +16,7 @@ from dataclasses import asdict
 from threading import Timer
 from typing import IO
 
-import torch
-
+from advance_step._backends import check_device
 from advance_step.conformance.run import FAILS, Result, check_clause, clauses, load
 
 SECONDS_A_CLAUSE = 300
@@ -78,7 +77,7 @@ def _ending(status: int) -> str:
 def _work(target: str | None, pending: list[tuple[str, str]], device: str, pipe: int) -> None:
     with os.fdopen(pipe, "w", buffering=1) as out:
         loaded = {contract: load(target, contract) for contract, _ in pending}
-        _is_there(device)
+        check_device(device)  # only now: a target may have brought it
         if target is None:
             _served(device)
         print("loaded", file=out)
@@ -87,14 +86,6 @@ def _work(target: str | None, pending: list[tuple[str, str]], device: str, pipe:
             print(json.dumps(asdict(result)), file=out)
             if result.outcome == FAILS and device != "cpu":
                 return  # an accelerator does not recover from a wild access; the next process starts with a sound one
-
-
-def _is_there(device: str) -> None:
-    """Raises if this process has no such device; a target may have brought it."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says either, in words of its own
-        raise RuntimeError(f"no device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def _served(device: str) -> None:

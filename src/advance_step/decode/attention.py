@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from advance_step.decode.cache import PagedKVCache, head_dim
+from advance_step.decode.cache import PagedKVCache, head_dim_of
 from advance_step.decode.paged_kernels import PagedKernel
 
 PAGED = "advance_step_paged"
@@ -42,8 +42,8 @@ def check_model(model: Any) -> None:
         raise ValueError(f"model: expected only layers of {sorted(LAYER_TYPES)}, got {other} in {name}")
     if rope := _rope_types(config) & BATCH_WIDE_ROPE:
         raise ValueError(f"model: expected positions that each row has for itself, got {rope.pop()} RoPE in {name}")
-    if (size := getattr(config, "v_head_dim", None)) not in (None, head_dim(config)):
-        raise ValueError(f"model: expected values of head_dim={head_dim(config)}, as keys, got {size} in {name}")
+    if (size := getattr(config, "v_head_dim", None)) not in (None, head_dim_of(config)):
+        raise ValueError(f"model: expected values of head_dim={head_dim_of(config)}, as keys, got {size} in {name}")
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -18,7 +18,7 @@ def _gather_rows_fake(source: Tensor, index: Tensor) -> Tensor:
     return source.new_empty(index.shape[0], source.shape[1])
 
 
-def head_dim(config: Any) -> int:
+def head_dim_of(config: Any) -> int:
     """The size of a head, of a model with such a config of transformers."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

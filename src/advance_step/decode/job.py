@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from advance_step._backends import check_device
 from advance_step.decode.loop import Decoder
 from advance_step.decode.model import load_model, stop_token_ids
 from advance_step.decode.paged_kernels import default_block_size
@@ -47,7 +48,7 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
         )
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype}")
-    _check_device(settings.device)
+    check_device(settings.device)
     prompts = read_prompts(input) if input else [Prompt(number, text) for number, text in enumerate(texts, 1)]
     if output:
         prompts = _unfinished(prompts, output, resume)
@@ -86,14 +87,6 @@ def decoder_for(model: Any, requests: list[Request], settings: Settings) -> Deco
         window=settings.window or (8 if model.device.type == "cuda" else 1),
         compile=settings.compile,
     )
-
-
-def _check_device(device: str) -> None:
-    """ValueError for a device that is not there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says either, in words of its own
-        raise ValueError(f"--device: expected a device of this torch, got {device!r} ({error})") from error
 
 
 def _unfinished(prompts: list[Prompt], output: Path, resume: bool) -> list[Prompt]:

@@ -17,7 +17,7 @@ from advance_step import RowStatus
 from advance_step._schema import CHECK_VALUES
 from advance_step.decode import paged_kernels
 from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_model
-from advance_step.decode.cache import PagedKVCache, head_dim
+from advance_step.decode.cache import PagedKVCache, head_dim_of
 from advance_step.decode.graphs import StepGraphs, capture, doubling
 from advance_step.decode.pages import PagePool
 from advance_step.decode.request import Figures, Request
@@ -76,7 +76,7 @@ class Decoder:
         self.max_seq_len = max_seq_len
         self.pool = PagePool(range(num_pages))
         self.cache = PagedKVCache.allocate(
-            config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim(config), model.dtype, model.device
+            config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim_of(config), model.dtype, model.device
         )
         # One column more than is ever read: a view of all columns is contiguous, which would recompile the step.
         self.state = BatchState.allocate(
@@ -130,11 +130,7 @@ class Decoder:
         """Whether there is a row, and there are pages, for the next prompt; where no row is live, take() says."""
         if not waiting or len(self.rows) == len(self.state.sampled):
             return False
-        return not self.rows or self._pages(waiting[0]) <= len(self.pool.free)
-
-    def _pages(self, request: Request) -> int:
-        """Pages for all that the request may become."""
-        return -(-request.max_seq_len // self.cache.block_size)
+        return not self.rows or waiting[0].pages_needed(self.cache.block_size) <= len(self.pool.free)
 
     def _prefill(self, waiting: deque[Request]) -> list[Request]:
         """Admit prompts to the free rows, compute their keys and values, and sample their first tokens."""
@@ -143,7 +139,7 @@ class Decoder:
             request = waiting[0]
             if tokens and tokens + len(request.prompt_ids) > PREFILL_TOKENS:
                 break
-            request.pages = self.pool.take(self._pages(request))
+            request.pages = self.pool.take(request.pages_needed(block_size))
             self.state.admit(len(self.rows), len(request.prompt_ids), request.max_seq_len, request.pages)
             self.rows.append(waiting.popleft())
             tokens += len(request.prompt_ids)

@@ -5,7 +5,7 @@ costs what its rows hold; without one, attention.py gathers as many pages for ev
 (FlashInfer's decode kernels are not among them: they are planned on the host, anew as lengths grow.)
 """
 
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from advance_step.decode.cache import head_dim
+from advance_step.decode.cache import head_dim_of
 
 BLOCK_SIZE = 256  # what tokens in a page must be a multiple of
 
@@ -32,14 +32,15 @@ class PagedKernel(NamedTuple):
 def find(model: Any, block_size: int) -> PagedKernel | None:
     """The first kernel that serves the model with such pages, or None; those known have FlashAttention 2's limits."""
     config = model.config.get_text_config()
-    size = head_dim(config)
+    size = head_dim_of(config)
     if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(model.device) < (8, 0):
         return None
     if model.dtype not in (torch.float16, torch.bfloat16) or block_size % BLOCK_SIZE or size % 8 or size > 256:
         return None
-    if _flash_attn_takes_pages():
+    if takes("flash_attn", "flash_attn_with_kvcache", "block_table", "softcap"):
         return PagedKernel("flash-attn", flash_attn_pages)
-    if _varlen_takes_pages() and getattr(config, "attn_logit_softcapping", None) is None:
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if takes("torch.nn.attention.varlen", "varlen_attn", "block_table") and not capped:
         return PagedKernel(f"torch {torch.__version__}'s varlen_attn", varlen_pages)
     return None
 
@@ -112,20 +113,13 @@ def varlen_pages(
     return out[:, None]
 
 
-def _flash_attn_takes_pages() -> bool:
+def takes(module: str, function: str, *parameters: str) -> bool:
+    """Whether there is such a function here, and has these parameters."""
     try:
-        from flash_attn import flash_attn_with_kvcache
-    except ImportError:  # not installed, or built for another torch
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError):  # not installed, another version, or built for another torch
         return False
-    return {"block_table", "softcap"} <= set(inspect.signature(flash_attn_with_kvcache).parameters)
-
-
-def _varlen_takes_pages() -> bool:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
-        return False
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "block_table" in inspect.signature(varlen_attn).parameters
+    return set(parameters) <= set(inspect.signature(found).parameters)
 
 
 def _window(sliding_window: int | None) -> tuple[int, int]:

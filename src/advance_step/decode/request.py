@@ -25,6 +25,10 @@ class Request:
         """Prompt and new tokens together, so far."""
         return len(self.prompt_ids) + len(self.tokens)
 
+    def pages_needed(self, block_size: int) -> int:
+        """Pages for all that it may become."""
+        return -(-self.max_seq_len // block_size)
+
 
 @dataclass
 class Figures:
@@ -44,5 +48,5 @@ class Figures:
 
 def pages_for(requests: Iterable[Request], batch_size: int, block_size: int) -> int:
     """Pages that the `batch_size` largest requests need: with these no row is ever left empty for want of a page."""
-    needs = sorted((-(-request.max_seq_len // block_size) for request in requests), reverse=True)
+    needs = sorted((request.pages_needed(block_size) for request in requests), reverse=True)
     return sum(needs[:batch_size])

@@ -62,10 +62,7 @@ class BatchState:
         )
 
     def admit(self, row: int, prompt_length: int, max_seq_len: int, pages: list[int]) -> None:
-        """Make `row`, a padding one, a sequence whose prompt is cached in `pages`.
-
-        The next advance turns to its first new token. (What the row had recorded, the last look has taken.)
-        """
+        """Make `row`, a padding one, a sequence with its prompt in `pages`; next it advances to its first new token."""
         self.seq_lens[row] = prompt_length
         self.max_seq_lens[row] = max_seq_len
         self.block_tables[row].fill_(self.spare_page)
@@ -106,6 +103,7 @@ class BatchState:
             self.block_tables: self.spare_page,
             self.max_seq_lens: 0,
             self.status: int(RowStatus.PADDING),
+            self.num_generated: 0,
         }
         for buffer, value in padding.items():
             buffer[row] = buffer[last]
