@@ -26,9 +26,9 @@ import transformers
 from report import machine, write
 
 from advance_step.decode.loop import Decoder
-from advance_step.decode.model import load_model
-from advance_step.decode.prompts import encode, read_prompts
 from advance_step.decode.request import Request
+from advance_step.generate.model import load_model
+from advance_step.generate.prompts import encode, read_prompts
 
 BLOCK_SIZE = 16
 WARM = 2  # steps

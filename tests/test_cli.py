@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from advance_step.cli import app
-from advance_step.decode.model import load_model
-from advance_step.decode.prompts import read_prompts
+from advance_step.generate.model import load_model
+from advance_step.generate.prompts import read_prompts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXTS = ["Why is the sky blue?", "Name three colours.", "Hi"]

@@ -57,7 +57,7 @@ def generate(
 ) -> None:
     """Decode prompts, greedily, with a Hugging Face causal LM over a paged KV cache."""
     try:
-        from advance_step.decode import job
+        from advance_step.generate import job
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing not in ("transformers", "rich"):
@@ -99,6 +99,6 @@ def conformance(
 )
 def emulate_npu(context: typer.Context, script: Annotated[str, typer.Argument(help="A Python script.")]) -> None:
     """Run an unmodified Ascend script on a machine without an NPU; what follows SCRIPT is the script's."""
-    from advance_step.compat import emulation
+    from advance_step.ascend import emulation
 
     sys.exit(emulation.run(script, context.args))

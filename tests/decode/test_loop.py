@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from advance_step.decode.attention import PAGED
 from advance_step.decode.graphs import StepGraphs, doubling
 from advance_step.decode.paged_kernels import PagedKernel, varlen_pages
-from advance_step.decode.prompts import encode
 from advance_step.decode.request import Request, pages_for
+from advance_step.generate.prompts import encode
 
 TEXTS = ["Why is the sky blue?", "Hi", "Name the largest planet, and say in one sentence what it is made of."]
 

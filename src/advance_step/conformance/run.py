@@ -9,10 +9,10 @@ from importlib import import_module
 from random import Random
 
 from advance_step.conformance.case import CONTRACTS, Clause
-from advance_step.conformance.clauses_eagle import eagle_clauses
-from advance_step.conformance.clauses_npu import npu_clauses
-from advance_step.conformance.clauses_until_stop import until_stop_clauses
-from advance_step.conformance.clauses_vllm import flashinfer_clauses, vllm_clauses
+from advance_step.conformance.clauses.eagle import eagle_clauses
+from advance_step.conformance.clauses.npu import npu_clauses
+from advance_step.conformance.clauses.until_stop import until_stop_clauses
+from advance_step.conformance.clauses.vllm import flashinfer_clauses, vllm_clauses
 from advance_step.conformance.deviations import explain
 from advance_step.conformance.judge import judge
 

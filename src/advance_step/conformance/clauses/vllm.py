@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from advance_step.conformance.case import METADATA, Case, Cells, Clause, View
-from advance_step.conformance.clauses_step import (
+from advance_step.conformance.clauses.common import (
     BLOCK_SIZE,
     DATA,
     HOST,

@@ -111,7 +111,7 @@ def run_on_cpu(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
 
     inner_args, inner_kwargs = tree_unflatten([_inner(leaf) for leaf in leaves], spec)
     try:
-        if func.namespace == "npu":  # torch_npu's operators: the device's kernel, which compat.torch_npu can replace
+        if func.namespace == "npu":  # torch_npu's operators: the device's kernel, which ascend.torch_npu can replace
             result = func.redispatch(_DEVICE_KERNEL, *inner_args, **inner_kwargs)
         else:
             result = func(*inner_args, **inner_kwargs)

@@ -10,12 +10,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from advance_step._backends import check_device
 from advance_step.decode.loop import Decoder
-from advance_step.decode.model import load_model, stop_token_ids
 from advance_step.decode.paged_kernels import default_block_size
-from advance_step.decode.prompts import Prompt, kept, read_prompts, to_request, write_result
 from advance_step.decode.request import Request, pages_for
-from advance_step.decode.screen import progress_bar, progress_line, say, summary, text_stream
-from advance_step.decode.verify import differing
+from advance_step.generate.model import load_model, stop_token_ids
+from advance_step.generate.prompts import Prompt, kept, read_prompts, to_request, write_result
+from advance_step.generate.screen import progress_bar, progress_line, say, summary, text_stream
+from advance_step.generate.verify import differing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from advance_step.decode.model import stop_token_ids
 from advance_step.decode.request import Request
+from advance_step.generate.model import stop_token_ids
 
 
 def differing(model: Any, requests: list[Request]) -> list[Request]:

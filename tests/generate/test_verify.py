@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tiny_models import decoder_for, requests_for, run
 
-from advance_step.decode.verify import differing
+from advance_step.generate.verify import differing
 
 
 def test_a_wrong_token_is_found(llama, prompts):

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import advance_step
-from advance_step.compat import emulation
-from advance_step.compat import torch_npu as compat
+from advance_step.ascend import emulation
+from advance_step.ascend import torch_npu as npu_patch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = ROOT.parent / "shared/seed/npu_advance_step_flashattn.zh.md"
-RUN = "import sys; from advance_step.compat.emulation import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+RUN = "import sys; from advance_step.ascend.emulation import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
 
 
 def python(*args, cwd=None, **environment):
@@ -54,7 +54,7 @@ def test_the_public_pages_example_runs_unmodified(page):
 PAGE_RESULT = """
 import runpy, sys
 import numpy as np
-from advance_step.compat import emulation
+from advance_step.ascend import emulation
 
 emulation.enable()
 for seed in range(100):
@@ -78,7 +78,7 @@ def test_the_public_pages_example_leaves_what_the_contract_says(page):
 
 
 CONFORMANCE = """
-from advance_step.compat import emulation
+from advance_step.ascend import emulation
 from advance_step.conformance.run import check
 
 emulation.enable()
@@ -176,7 +176,7 @@ def nothing_changes():
 
 def test_importing_changes_nothing():
     importlib.reload(emulation)
-    importlib.reload(compat)
+    importlib.reload(npu_patch)
 
 
 def test_a_real_torch_npu_is_not_hidden(tmp_path, monkeypatch):
@@ -201,5 +201,5 @@ def test_an_older_torch_is_told_what_is_needed(monkeypatch):
 
 def test_patching_wants_torch_npu():
     with pytest.raises(ModuleNotFoundError, match="torch_npu"):
-        compat.patch()
-    compat.unpatch()
+        npu_patch.patch()
+    npu_patch.unpatch()

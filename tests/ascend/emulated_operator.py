@@ -1,4 +1,4 @@
-"""The operator on an emulated NPU, and compat.torch_npu; `test_emulation.py` runs this in a process of its own."""
+"""The operator on an emulated NPU, and ascend.torch_npu; `test_emulation.py` runs this in a process of its own."""
 
 import warnings
 
@@ -8,8 +8,8 @@ import torch
 from emulated_device import mode, same  # noqa: F401  (mode: every test here runs with and without inference mode)
 
 import advance_step
-from advance_step.compat import emulation
-from advance_step.compat import torch_npu as compat
+from advance_step.ascend import emulation
+from advance_step.ascend import torch_npu as npu_patch
 from advance_step.conformance.run import check_clause
 from advance_step.errors import DtypeError
 
@@ -123,12 +123,12 @@ def test_other_operators_of_torch_npu_are_named():
 def test_patching_says_nothing():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        with compat.patched():
+        with npu_patch.patched():
             pass
     assert said == []
 
 
-# compat.torch_npu, against an operator that does what the published plain kernel does by its source, on `cores` cores
+# ascend.torch_npu, against an operator that does what the published plain kernel does by its source, on `cores` cores
 
 
 def published(tokens, sampled, positions, lens, slots, table, num_seqs, num_queries, block_size, cores=5, **_):
@@ -170,20 +170,20 @@ def test_patch_and_unpatch(published_torch_npu):
     advance_step.npu_advance_step_flashattn(*args)
     wrong = result(kept)
     assert not torch.equal(wrong, expected)
-    compat.patch()
-    compat.patch()
+    npu_patch.patch()
+    npu_patch.patch()
     for operator in (kept, torch_npu.npu_advance_step_flashattn, torch.ops.npu.npu_advance_step_flashattn.default):
         assert torch.equal(result(operator), expected)
-    compat.unpatch()
-    compat.unpatch()
+    npu_patch.unpatch()
+    npu_patch.unpatch()
     assert torch.equal(result(kept), wrong)
 
 
 def test_patched_is_undone_after_an_error_and_respects_a_patch_around_it(published_torch_npu):
     wrong = result(torch_npu.npu_advance_step_flashattn)
-    with pytest.raises(ZeroDivisionError), compat.patched():
+    with pytest.raises(ZeroDivisionError), npu_patch.patched():
         assert not torch.equal(result(torch_npu.npu_advance_step_flashattn), wrong)
-        with compat.patched():
+        with npu_patch.patched():
             pass
         assert not torch.equal(result(torch_npu.npu_advance_step_flashattn), wrong)
         1 / 0  # noqa: B018

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 from advance_step.conformance.case import Case, Cells, Clause, View
-from advance_step.conformance.clauses_step import BLOCK_SIZE, HOST, NAMED, distinct_pages, recast, refuse, resized
+from advance_step.conformance.clauses.common import BLOCK_SIZE, HOST, NAMED, distinct_pages, recast, refuse, resized
 from advance_step.conformance.oracle import INT32_MAX, INT64_MAX
 
 MOVED = "positions + 1; seq_len = min(seq_len + 1, max_model_len)"

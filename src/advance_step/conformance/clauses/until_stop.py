@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from advance_step.conformance.case import Case, Cells, Clause, View
-from advance_step.conformance.clauses_step import BLOCK_SIZE, HOST, NAMED, distinct_pages, recast, refuse, resized
+from advance_step.conformance.clauses.common import BLOCK_SIZE, HOST, NAMED, distinct_pages, recast, refuse, resized
 from advance_step.conformance.oracle import INT32_MAX, LENGTH, NO_PAGE, PADDING, RUNNING, STOPPED
 
 FROZEN = "status != RUNNING: the row is frozen: slot_mapping[i] = pad slot, nothing else changes"

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from advance_step.decode.prompts import Prompt, encode, kept, read_prompts, to_request, write_result
 from advance_step.decode.request import Request
+from advance_step.generate.prompts import Prompt, encode, kept, read_prompts, to_request, write_result
 
 
 def write(path, text):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from advance_step.decode.model import cache_directory, load_model, model_directory, stop_token_ids
+from advance_step.generate.model import cache_directory, load_model, model_directory, stop_token_ids
 
 
 def fail(line: str) -> None:

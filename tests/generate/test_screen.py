@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from advance_step.decode.request import Figures, Request
-from advance_step.decode.screen import summary, text_stream
+from advance_step.generate.screen import summary, text_stream
 
 
 def test_text_grows_and_half_characters_wait(real):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from advance_step.compat import emulation
+from advance_step.ascend import emulation
 
 emulation.enable()
 import torch_npu  # noqa: E402

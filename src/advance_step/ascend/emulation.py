@@ -43,7 +43,7 @@ def enable() -> None:
         RuntimeError: torch_npu is installed, another device has torch's PrivateUse1, or this torch is too old.
 
     >>> import subprocess, sys
-    >>> code = "from advance_step.compat import emulation; emulation.enable(); import torch; print(torch.ones(2).npu())"
+    >>> code = "from advance_step.ascend import emulation; emulation.enable(); import torch; print(torch.ones(2).npu())"
     >>> subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     "tensor([1., 1.], device='npu:0')\\n"
     """
@@ -52,7 +52,7 @@ def enable() -> None:
     if (real := importlib.util.find_spec("torch_npu")) is not None:
         raise RuntimeError(
             f"torch_npu is installed ({real.origin}), so its device is not emulated: run the script itself. "
-            "To put our operators in the place of torch_npu's, see advance_step.compat.torch_npu.patch"
+            "To put our operators in the place of torch_npu's, see advance_step.ascend.torch_npu.patch"
         )
     if (taken := torch._C._get_privateuse1_backend_name()) != "privateuseone":
         raise RuntimeError(f'torch\'s PrivateUse1 is already the device "{taken}", so "npu" cannot be emulated')
@@ -61,7 +61,7 @@ def enable() -> None:
             "emulating an NPU needs a torch whose backends can be written in Python "
             f"(torch.utils.backend_registration, tested with 2.13), got torch {torch.__version__}"
         )
-    from advance_step.compat._npu_device import add_device
+    from advance_step.ascend._npu_device import add_device
 
     device = add_device()
     operators = torch.library.Library("npu", "FRAGMENT")

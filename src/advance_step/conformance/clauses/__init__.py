@@ -1,0 +1,1 @@
+"""What each contract promises, as data: a module per contract, and in `common` what they share."""
