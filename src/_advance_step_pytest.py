@@ -30,11 +30,11 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
         return
     if contract is None:
         raise pytest.UsageError("--advance-step-target needs --advance-step-contract")
-    from advance_step.conformance.run import clauses, known, load
+    from advance_step.conformance.run import clauses, load, refuse_unknown
 
     skip = config.getoption("--advance-step-skip")
     try:
-        known(skip, [contract])
+        refuse_unknown(skip, [contract])
         function = load(target, contract)
     except (ValueError, ImportError, AttributeError) as error:
         raise pytest.UsageError(f"--advance-step-target={target}: {error}") from error

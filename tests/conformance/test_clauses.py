@@ -196,3 +196,9 @@ def test_the_documentation_lists_every_clause() -> None:
     page = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
     listed = page[page.index("## The clauses") : page.index("## Known deviations")]
     assert set(re.findall(r"^\| `([^`]+)`", listed, re.MULTILINE)) == {n for c in CONTRACTS for n in clauses(c)}
+
+
+def test_sentences_stand_by_themselves() -> None:
+    """No sentence refers to a numbered section: the document that has it is not at hand where the table is read."""
+    sentences = {clause.sentence for contract in CONTRACTS for clause in clauses(contract).values()}
+    assert [sentence for sentence in sentences if re.search(r"\b(as in|section) \d", sentence)] == []

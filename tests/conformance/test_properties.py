@@ -16,9 +16,9 @@ from hypothesis import given, settings
 import advance_step
 from advance_step.conformance import CONTRACTS
 from advance_step.conformance.case import Case
-from advance_step.conformance.clauses.common import step_case
 from advance_step.conformance.clauses.eagle import eagle_case
 from advance_step.conformance.clauses.npu import spec_case
+from advance_step.conformance.clauses.plain import step_case
 from advance_step.conformance.clauses.until_stop import stop_case
 from advance_step.conformance.judge import judge
 from advance_step.conformance.oracle import INT32_MAX, INT64_MAX

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from advance_step.conformance import CONTRACTS, clauses
-from advance_step.conformance.apart import NotLoadedError, check_apart
+from advance_step.conformance.isolated import NotLoadedError, check_isolated
 from advance_step.conformance.report import conformance
 
 
@@ -19,7 +19,7 @@ def beside_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_target_that_dies_fails_the_clause_and_not_the_kit() -> None:
     pending = [("eagle", name) for name in ("advances", "past-the-table", "page-boundary")]
-    results = list(check_apart("wrong:dying_eagle", pending, "cpu"))
+    results = list(check_isolated("wrong:dying_eagle", pending, "cpu"))
     assert [(r.clause, r.outcome) for r in results] == [
         ("advances", "holds"),
         ("past-the-table", "FAILS"),
@@ -29,15 +29,15 @@ def test_a_target_that_dies_fails_the_clause_and_not_the_kit() -> None:
 
 
 def test_a_target_that_ends_its_process_fails_every_clause() -> None:
-    results = list(check_apart("wrong:quitting_eagle", [("eagle", "advances"), ("eagle", "no-rows")], "cpu"))
+    results = list(check_isolated("wrong:quitting_eagle", [("eagle", "advances"), ("eagle", "no-rows")], "cpu"))
     assert [(r.outcome, r.detail) for r in results] == [("FAILS", "the process ended: exit status 0")] * 2
 
 
 def test_a_target_that_does_not_load() -> None:
     with pytest.raises(NotLoadedError, match="No module named 'no_such_module'"):
-        list(check_apart("no_such_module:f", [("eagle", "advances")], "cpu"))
+        list(check_isolated("no_such_module:f", [("eagle", "advances")], "cpu"))
     with pytest.raises(NotLoadedError, match="has no attribute 'no_such_function'"):
-        list(check_apart("wrong:no_such_function", [("eagle", "advances")], "cpu"))
+        list(check_isolated("wrong:no_such_function", [("eagle", "advances")], "cpu"))
 
 
 def test_a_right_target_gives_status_0(capsys: pytest.CaptureFixture[str]) -> None:

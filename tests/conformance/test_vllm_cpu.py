@@ -9,7 +9,7 @@ import pytest
 import vllm_cpu
 
 from advance_step.conformance import clauses, deviations
-from advance_step.conformance.apart import check_apart
+from advance_step.conformance.isolated import check_isolated
 
 BY_DESIGN = (
     "int64-table",
@@ -34,7 +34,7 @@ BY_DESIGN = (
 def test_vllm_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent)
     pending = [("eagle", name) for name in clauses("eagle") if name not in BY_DESIGN]
-    results = list(check_apart("vllm_cpu:eagle_step", pending, "cpu"))
+    results = list(check_isolated("vllm_cpu:eagle_step", pending, "cpu"))
     assert {result.clause: result.deviation for result in results if result.outcome == "FAILS"} == {
         "past-the-table": deviations.LAST_COLUMN,
         "negative-page": deviations.NEGATIVE_PAGE,

@@ -74,7 +74,7 @@ def judge(case: Case, target: Callable[..., object], device: str) -> Fault | Non
             return Fault(f"raised {brief(error)}")
         if wrong:
             return Fault(f"raised, but had written: {wrong}; the error: {brief(error)}")
-        return unnamed(error, contract.table, outcome.errors or dict.fromkeys(case.names))
+        return judge_message(error, contract.table, outcome.errors or dict.fromkeys(case.names))
     if must_raise:
         why = (
             "a call that must be refused"
@@ -164,7 +164,7 @@ def first_difference(
     return None
 
 
-def unnamed(error: Exception, table: str, faults: Mapping[str, int | None]) -> Fault | None:
+def judge_message(error: Exception, table: str, faults: Mapping[str, int | None]) -> Fault | None:
     """The fault of an error that names none of the arguments in `faults`, or for none of those the right row.
 
     A position without a place may as well be said to be the table's fault.

@@ -49,7 +49,7 @@ def column(values: list[Any]) -> list[int]:
 
 
 def step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
-    """Sections 1 (plain mode) and 2."""
+    """`advance_step_flashattn`, and `npu_advance_step_flashattn` in plain mode."""
     live, block_size = args["num_queries"], args["block_size"]
     tokens, positions = list(args["input_tokens"]), list(args["input_positions"])
     lengths, slots = list(args["seq_lens"]), list(args["slot_mapping"])
@@ -72,12 +72,12 @@ def step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -
 
 
 def npu_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
-    """Section 1, both modes."""
+    """`npu_advance_step_flashattn`, both modes."""
     return speculative_step(args, slot) if args.get("spec_token") is not None else step(args, int32, slot)
 
 
 def speculative_step(args: Values, slot: Slot = slot) -> Outcome:
-    """Section 1, speculative mode: T = 1 + S cells a row, as [num_seqs, T] or flat."""
+    """`npu_advance_step_flashattn` in speculative mode: T = 1 + S cells a row, as [num_seqs, T] or flat."""
     width = 1 + len(args["spec_token"][0])
     names = ("input_tokens", "input_positions", "seq_lens", "slot_mapping")
     flat = {name: not isinstance(args[name][0], list) for name in names}
@@ -108,7 +108,7 @@ def speculative_step(args: Values, slot: Slot = slot) -> Outcome:
 
 
 def flashinfer_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
-    """Section 3."""
+    """`advance_step_flashinfer`."""
     outcome = step(args, int32, slot)
     live, block_size = args["num_queries"], args["block_size"]
     names = ("paged_kv_indices", "paged_kv_indptr", "paged_kv_last_page_len", "block_table_bound")
@@ -139,7 +139,7 @@ def flashinfer_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slo
 
 
 def eagle_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
-    """Section 4."""
+    """`eagle_step_update_slot_mapping_and_metadata`."""
     positions, lengths = args["positions_1d"], list(args["seq_lens"])
     clamped, slots = list(args["out_clamped_positions"]), list(args["out_slot_mapping"])
     longest = args["max_model_len"]
@@ -157,7 +157,7 @@ def eagle_step(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = s
 
 
 def until_stop(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
-    """Section 5."""
+    """`advance_until_stop`."""
     names = ("input_tokens", "input_positions", "seq_lens", "status", "num_generated")
     tokens, positions, lengths, status, generated = (list(args[name]) for name in names)
     output = [list(row) for row in args["output_tokens"]]

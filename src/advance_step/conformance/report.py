@@ -7,9 +7,9 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict
 
-from advance_step.conformance.apart import NotLoadedError, check_apart
 from advance_step.conformance.case import CONTRACTS
-from advance_step.conformance.run import FAILS, HOLDS, SKIPPED, Result, clauses, known, skipped
+from advance_step.conformance.isolated import NotLoadedError, check_isolated
+from advance_step.conformance.run import FAILS, HOLDS, SKIPPED, Result, clauses, refuse_unknown, skipped
 
 FORMATS = ("table", "json", "markdown")
 EXECUTORS = ("native", "triton", "reference")
@@ -28,13 +28,13 @@ def conformance(
     if target is not None and contract is None:
         raise ValueError(f"contract: expected one of {', '.join(CONTRACTS)} with target {target}, got none")
     contracts = list(CONTRACTS) if contract is None else [contract]
-    known(skip, contracts)
+    refuse_unknown(skip, contracts)
     columns: dict[str, list[Result]] = {}
     missing: dict[str, str] = {}
     for name, environment in _columns(target, device).items():
         pending = [(c, clause) for c in contracts for clause in clauses(c) if clause not in skip]
         try:
-            found = {(r.contract, r.clause): r for r in check_apart(target, pending, device, environment)}
+            found = {(r.contract, r.clause): r for r in check_isolated(target, pending, device, environment)}
         except NotLoadedError as error:
             missing[name] = str(error)
             continue

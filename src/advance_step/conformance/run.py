@@ -56,7 +56,7 @@ def check(
     keyword, and only where a clause gives them). Inputs are drawn from `seed`, the same ones on every machine.
     Raises ValueError for an unknown contract or clause; an exception of the target fails its clause.
     """
-    known(skip, [contract])
+    refuse_unknown(skip, [contract])
     for name in clauses(contract):
         yield check_clause(target, contract, name, device, seed) if name not in skip else skipped(contract, name)
 
@@ -75,7 +75,7 @@ def skipped(contract: str, name: str) -> Result:
     return Result(contract, name, clauses(contract)[name].sentence, SKIPPED, "by request")
 
 
-def known(names: Collection[str], contracts: Collection[str]) -> None:
+def refuse_unknown(names: Collection[str], contracts: Collection[str]) -> None:
     """Refuses names that are clauses of none of `contracts`."""
     all_names = {name for contract in contracts for name in clauses(contract)}
     if unknown := sorted(set(names) - all_names):

@@ -1,1 +1,1 @@
-"""What each contract promises, as data: a module per contract, and in `common` what they share."""
+"""What each operator promises, as data. `plain` is the step that three of them share, `common` what all are made of."""

@@ -1,17 +1,38 @@
-"""The clauses of section 4."""
+"""The clauses of `eagle_step_update_slot_mapping_and_metadata`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 
 from advance_step.conformance.case import Case, Cells, Clause, View
-from advance_step.conformance.clauses.common import BLOCK_SIZE, HOST, NAMED, distinct_pages, recast, refuse, resized
+from advance_step.conformance.clauses.common import (
+    BLOCK_SIZE,
+    ERROR,
+    NAMED,
+    NEGATIVE_PAGE,
+    ONE_DEVICE,
+    SHARED_MEMORY,
+    SLOT_64,
+    VECTOR_STRIDES,
+    change,
+    distinct_pages,
+    draw,
+    recast,
+    refuse,
+    refuse_device,
+    refuse_dtypes,
+    refuse_sizes,
+    resized,
+    some_negative_pages,
+    tensors,
+    vector,
+)
 from advance_step.conformance.oracle import INT32_MAX, INT64_MAX
 
 MOVED = "positions + 1; seq_len = min(seq_len + 1, max_model_len)"
 EXCEEDS = "past max_model_len - 1: position 0, slot -1, seq_len 1"
-NO_PAGE = "a position past the table gives slot -1"
+PAST_THE_TABLE = "a position past the table gives slot -1"
+TABLE_STRIDES = "block_table_tensor: any strides"
 PAD = "rows from batch_size to input_batch_size get slot -1"
 
 
@@ -33,19 +54,18 @@ def eagle_case(
     rows = len(positions)
     last = max([p + 1 for p in positions if p + 1 < max_model_len], default=0)
     columns = max(2, last // block_size + 1) if columns is None else columns
-    shape, stride = (rows,), (vector_stride,)
     lens = [max(p, 0) + 1 for p in positions] if seq_lens is None else seq_lens
     padded = rows + (pads or 0)
-    slots = [rng.randrange(1, 10_000) for _ in range(padded)]
+    slots = draw(rng, padded, 10_000)
     table = pages or distinct_pages(rng, rows, columns)
     args = {
-        "positions_1d": Cells(positions, shape=shape, strides=stride),
+        "positions_1d": vector(positions, stride=vector_stride),
         "block_table_tensor": Cells(table, table_dtype, (rows, columns), table_strides),
-        "seq_lens": Cells(lens, lens_dtype, shape, stride),
+        "seq_lens": vector(lens, lens_dtype, vector_stride),
         "block_size": block_size,
         "max_model_len": max_model_len,
-        "out_clamped_positions": Cells([rng.randrange(1, 999) for _ in range(rows)], shape=shape, strides=stride),
-        "out_slot_mapping": Cells(slots, shape=(padded,), strides=stride),
+        "out_clamped_positions": vector(draw(rng, rows, 999), stride=vector_stride),
+        "out_slot_mapping": vector(slots, stride=vector_stride),
     }
     return Case("eagle", args if pads is None else args | {"input_batch_size": padded})
 
@@ -56,30 +76,18 @@ def eagle_clauses() -> list[Clause]:
 
     def in_place(rng: Random) -> list[Case]:
         case = eagle_case(rng, [5, 15, 16, 4094, 4095, 40])
-        return [replace(case, args=case.args | {"out_clamped_positions": View("positions_1d", (6,))})]
-
-    def negative(rng: Random) -> list[Case]:
-        pages = distinct_pages(rng, 4, 2)
-        pages[1][1] = pages[2][0] = -1
-        pages[3][0] = -7
-        return [eagle_case(rng, [5, 20, 0, 14], pages=pages, columns=2)]
+        return [change(case, out_clamped_positions=View("positions_1d", (6,)))]
 
     def wrong_dtypes(rng: Random) -> list[Case]:
         case = eagle_case(rng, [5, 15, 16])
-        wrong = [(name, dtype) for name in case.args for dtype in ("float64", "int16")]
-        wrong += [("out_slot_mapping", "int32"), ("out_clamped_positions", "int32")]
-        return [
-            refuse(case, **{name: recast(case.args[name], dtype)})
-            for name, dtype in wrong
-            if isinstance(case.args[name], Cells)
-        ]
+        wrong = [(name, dtype) for name in tensors(case) for dtype in ("float64", "int16")]
+        return refuse_dtypes(case, [*wrong, ("out_slot_mapping", "int32"), ("out_clamped_positions", "int32")])
 
     def wrong_shapes(rng: Random) -> list[Case]:
         case = eagle_case(rng, [5, 15, 16, 9], pads=2)
-        short = ("block_table_tensor", "seq_lens", "out_clamped_positions")
         return [
-            *(refuse(case, **{name: resized(case.args[name], 3)}) for name in short),
-            refuse(case, out_slot_mapping=resized(case.args["out_slot_mapping"], 5)),
+            *refuse_sizes(case, ("block_table_tensor", "seq_lens", "out_clamped_positions"), (3,)),
+            *refuse_sizes(case, ("out_slot_mapping",), (5,)),
             refuse(case, block_table_tensor=Cells([1, 2, 3, 4], "int32")),
             refuse(case, positions_1d=Cells([[5], [15], [16], [9]])),
         ]
@@ -106,10 +114,6 @@ def eagle_clauses() -> list[Clause]:
             refuse(case, ("block_size",), block_size=0),
         ]
 
-    def elsewhere(rng: Random) -> list[Case]:
-        case = eagle_case(rng, [5, 15, 16, 9])
-        return [refuse(case, block_table_tensor=replace(case.args["block_table_tensor"], device="meta"))]
-
     return [
         Clause("advances", MOVED, lambda rng: [eagle_case(rng, [5]), drawn(rng, 7)]),
         Clause("page-boundary", "the slot of positions + 1", lambda rng: [eagle_case(rng, [14, 15, 16, 30, 31, 0])]),
@@ -135,16 +139,20 @@ def eagle_clauses() -> list[Clause]:
         Clause("positions-in-place", "out_clamped_positions may be positions_1d itself", in_place),
         Clause(
             "past-the-table",
-            NO_PAGE,
+            PAST_THE_TABLE,
             lambda rng: [
                 eagle_case(rng, [30, 31, 32, 500, 7], columns=2, pads=1),
                 eagle_case(rng, [14, 15, 99], columns=1, max_model_len=10**6),
             ],
         ),
-        Clause("negative-page", 'a negative page id is "no page": slot -1, on every device', negative),
+        Clause(
+            "negative-page",
+            NEGATIVE_PAGE,
+            lambda rng: [eagle_case(rng, [5, 20, 0, 14], pages=some_negative_pages(rng, 4), columns=2)],
+        ),
         Clause(
             "slot-past-32-bits",
-            "slot arithmetic is 64-bit everywhere, whatever the tables' dtype",
+            SLOT_64,
             lambda rng: [
                 eagle_case(rng, [3, 299], block_size=256, pages=[[2**23, 7], [8, 2**24 + 1]], columns=2),
                 eagle_case(rng, [3], block_size=128, pages=[[2**25 - 1]], columns=1),
@@ -185,23 +193,27 @@ def eagle_clauses() -> list[Clause]:
         Clause("int64-lengths", "int32 or int64 lengths", lambda rng: [eagle_case(rng, [5, 40], lens_dtype="int64")]),
         Clause(
             "table-row-stride",
-            "block_table_tensor: any strides",
+            TABLE_STRIDES,
             lambda rng: [eagle_case(rng, [5, 17, 20], table_strides=(7, 1))],
         ),
         Clause(
             "table-column-stride",
-            "block_table_tensor: any strides",
+            TABLE_STRIDES,
             lambda rng: [eagle_case(rng, [5, 17, 20], table_strides=s) for s in ((1, 5), (9, 3))],
         ),
         Clause(
             "vector-strides",
-            "vectors of any positive stride; what lies between is not written",
+            VECTOR_STRIDES,
             lambda rng: [eagle_case(rng, [5, 17, 20], pads=1, vector_stride=3)],
         ),
-        Clause("refuses-dtypes", f"dtypes. {HOST}", wrong_dtypes),
-        Clause("refuses-shapes", f"shapes. {HOST}", wrong_shapes),
-        Clause("refuses-scalars", f"scalars. {HOST}", wrong_scalars),
-        Clause("refuses-shared-memory", f"shared memory between arguments. {HOST}", shared),
-        Clause("refuses-mixed-devices", f"all tensors on one device. {HOST}", elsewhere),
+        Clause("refuses-dtypes", f"dtypes. {ERROR}", wrong_dtypes),
+        Clause("refuses-shapes", f"shapes. {ERROR}", wrong_shapes),
+        Clause("refuses-scalars", f"scalars. {ERROR}", wrong_scalars),
+        Clause("refuses-shared-memory", SHARED_MEMORY, shared),
+        Clause(
+            "refuses-mixed-devices",
+            ONE_DEVICE,
+            lambda rng: refuse_device(eagle_case(rng, [5, 15, 16, 9]), "block_table_tensor"),
+        ),
         Clause("errors-name-the-argument", NAMED, named),
     ]

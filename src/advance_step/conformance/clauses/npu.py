@@ -1,4 +1,4 @@
-"""The clauses of section 1 alone: what is strict about the Ascend contract, and its speculative mode."""
+"""The clauses of `npu_advance_step_flashattn` alone: what is strict about it, and its speculative mode."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import Any
 
 from advance_step.conformance.case import STATE, Case, Cells, Clause, View
 from advance_step.conformance.clauses.common import (
+    BAD_VALUE,
     BLOCK_SIZE,
-    DATA,
-    HOST,
+    ERROR,
+    NEGATIVE_PAGE,
+    SHARED_MEMORY,
+    TABLE_STRIDES,
     distinct_pages,
-    recast,
+    draw,
     refuse,
-    resized,
-    step_case,
-    step_clauses,
+    refuse_dtypes,
+    refuse_sizes,
 )
+from advance_step.conformance.clauses.plain import step_case, step_clauses
 
 STRICT = "equality of num_seqs and num_queries, other dtypes, and the wrong shapes are errors here"
 LAST = "last = the last sampled token of row i before its first -1; input_tokens[i] = [last, spec_token[i, 0], ...]"
@@ -47,7 +50,7 @@ def spec_case(
         return Cells([cell for row in values for cell in row] if flat else values)
 
     def drawn(most: int) -> list[list[int]]:
-        return [[rng.randrange(1, most) for _ in range(width)] for _ in range(rows)]
+        return [draw(rng, width, most) for _ in range(rows)]
 
     return Case(
         "npu",
@@ -118,10 +121,10 @@ def npu_clauses() -> list[Clause]:
 
     def refused(rng: Random) -> list[Case]:
         case = spec(rng, 3, 4)
-        apart = {name: case.args[name] for name in (*STATE, "sampled_token_ids", "spec_token", "accepted_num")}
+        names = (*STATE, "sampled_token_ids", "spec_token", "accepted_num")
         return [
-            *(refuse(case, **{name: recast(cells, "int32")}) for name, cells in apart.items()),
-            *(refuse(case, **{name: resized(cells, size)}) for name, cells in apart.items() for size in (2, 4)),
+            *refuse_dtypes(case, [(name, "int32") for name in names]),
+            *refuse_sizes(case, names, (2, 4)),
             refuse(case, num_queries=2),
             refuse(case, num_seqs=4),
             refuse(case, sampled_token_ids=Cells([[1, 2, 3]] * 3)),
@@ -161,10 +164,12 @@ def npu_clauses() -> list[Clause]:
         ),
         Clause("spec-more-than-48-rows", SLOT, lambda rng: [spec(rng, 53, 4), spec(rng, 2113, 4, flat=True)]),
         Clause(
-            "spec-narrow-table", f"a position past the table. {DATA}", lambda rng: [past(rng, False), past(rng, True)]
+            "spec-narrow-table",
+            f"a position past the table. {BAD_VALUE}",
+            lambda rng: [past(rng, False), past(rng, True)],
         ),
-        Clause("spec-position-past-64-bits", f"a position past the table. {DATA}", wrapping),
-        Clause("spec-negative-page", 'a negative page id is "no page": slot -1, on every device', negative),
+        Clause("spec-position-past-64-bits", f"a position past the table. {BAD_VALUE}", wrapping),
+        Clause("spec-negative-page", NEGATIVE_PAGE, negative),
         Clause(
             "spec-slot-past-32-bits",
             "slot arithmetic is 64-bit everywhere",
@@ -172,12 +177,12 @@ def npu_clauses() -> list[Clause]:
         ),
         Clause(
             "spec-table-strides",
-            "block_tables: any strides",
+            TABLE_STRIDES,
             lambda rng: [
                 spec_case(rng, window(rng, 4, 3, 20), [0, 1, 2, 0], columns=2, table_strides=strides)
                 for strides in ((7, 1), (1, 6))
             ],
         ),
-        Clause("spec-refuses", f"num_queries == num_seqs, dtypes, shapes. {HOST}", refused),
-        Clause("spec-refuses-shared-memory", f"shared memory between arguments. {HOST}", shared),
+        Clause("spec-refuses", f"num_queries == num_seqs, dtypes, shapes. {ERROR}", refused),
+        Clause("spec-refuses-shared-memory", SHARED_MEMORY, shared),
     ]

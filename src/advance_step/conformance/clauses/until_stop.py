@@ -1,21 +1,41 @@
-"""The clauses of section 5."""
+"""The clauses of `advance_until_stop`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any
 
 from advance_step.conformance.case import Case, Cells, Clause, View
-from advance_step.conformance.clauses.common import BLOCK_SIZE, HOST, NAMED, distinct_pages, recast, refuse, resized
+from advance_step.conformance.clauses.common import (
+    BLOCK_SIZE,
+    ERROR,
+    NAMED,
+    ONE_DEVICE,
+    SHARED_MEMORY,
+    SLOT_64,
+    TABLE_STRIDES,
+    VECTOR_STRIDES,
+    change,
+    column,
+    distinct_pages,
+    draw,
+    refuse,
+    refuse_device,
+    refuse_dtypes,
+    refuse_sizes,
+    resized,
+    some_negative_pages,
+    tensors,
+    vector,
+)
 from advance_step.conformance.oracle import INT32_MAX, LENGTH, NO_PAGE, PADDING, RUNNING, STOPPED
 
 FROZEN = "status != RUNNING: the row is frozen: slot_mapping[i] = pad slot, nothing else changes"
 STOP = "t is one of stop_token_ids -> t is recorded; status = STOPPED; slot = pad slot; not advanced"
 LONGEST = "seq_lens[i] + 1 >= max_seq_lens[i] -> t is recorded; status = LENGTH; slot = pad slot; not advanced"
 NOWHERE = "the next position has no page -> status = NO_PAGE; slot = pad slot; nothing recorded, nothing advanced"
-ADVANCE = "else -> t is recorded; the row advances as in 2"
+ADVANCE = "else -> t is recorded; the row advances as in advance_step_flashattn"
 RECORD = "output_tokens[i, num_generated[i]] = t; num_generated[i] += 1"
 GROUPS = "several KV groups advance in the same call: positions once, one slot per group"
 DTYPES = "seq_lens, max_seq_lens, num_generated: int32 or int64; each block table int32 or int64"
@@ -42,19 +62,19 @@ def stop_case(
     rows = len(seq_lens)
     dtypes = ints or {}
 
-    def vector(name: str, values: list[int], dtype: str = "int64") -> Cells:
-        return Cells(values, dtypes.get(name, dtype), (rows,), (vector_stride,))
+    def named(name: str, values: list[int], dtype: str = "int64") -> Cells:
+        return vector(values, dtypes.get(name, dtype), vector_stride)
 
     sampled = [rng.randrange(100, 50_000) for _ in range(rows)] if tokens is None else tokens
-    column = Cells([[t] for t in sampled], dtypes.get("sampled_token_ids", "int64"), (rows, 1), (vector_stride, 1))
+    ids = (column if sampled_column else vector)(sampled, dtypes.get("sampled_token_ids", "int64"), vector_stride)
     args: dict[str, Any] = {
-        "input_tokens": vector("input_tokens", [rng.randrange(1, 50_000) for _ in range(rows)]),
-        "sampled_token_ids": column if sampled_column else vector("sampled_token_ids", sampled),
-        "input_positions": vector("input_positions", [rng.randrange(1, 999) for _ in range(rows)]),
-        "seq_lens": vector("seq_lens", seq_lens, "int32"),
+        "input_tokens": named("input_tokens", draw(rng, rows, 50_000)),
+        "sampled_token_ids": ids,
+        "input_positions": named("input_positions", draw(rng, rows, 999)),
+        "seq_lens": named("seq_lens", seq_lens, "int32"),
     }
     for g in range(len(groups)):
-        args[f"slot_mappings[{g}]"] = vector("slot_mappings", [rng.randrange(1, 9999) for _ in range(rows)])
+        args[f"slot_mappings[{g}]"] = named("slot_mappings", draw(rng, rows, 9999))
     for g, (_, columns) in enumerate(groups):
         table = pages[g] if pages else distinct_pages(rng, rows, columns)
         args[f"block_tables[{g}]"] = Cells(table, dtypes.get("block_tables", "int32"), (rows, columns), table_strides)
@@ -63,13 +83,11 @@ def stop_case(
         args
         | {
             "block_sizes": [size for size, _ in groups],
-            "status": vector("status", [RUNNING] * rows if status is None else status, "int32"),
-            "output_tokens": Cells(
-                [[rng.randrange(1, 999) for _ in range(output)] for _ in range(rows)], shape=(rows, output)
-            ),
-            "num_generated": vector("num_generated", [i % 3 for i in range(rows)] if generated is None else generated),
-            "stop_token_ids": Cells(stops, shape=(len(stops),)),
-            "max_seq_lens": vector("max_seq_lens", [10_000] * rows if most is None else most, "int32"),
+            "status": named("status", [RUNNING] * rows if status is None else status, "int32"),
+            "output_tokens": Cells([draw(rng, output, 999) for _ in range(rows)], shape=(rows, output)),
+            "num_generated": named("num_generated", [i % 3 for i in range(rows)] if generated is None else generated),
+            "stop_token_ids": vector(stops),
+            "max_seq_lens": named("max_seq_lens", [10_000] * rows if most is None else most, "int32"),
         },
     )
 
@@ -86,10 +104,7 @@ def until_stop_clauses() -> list[Clause]:
         )
 
     def negative(rng: Random) -> list[Case]:
-        pages = distinct_pages(rng, 4, 2)
-        pages[1][1] = pages[2][0] = -1
-        pages[3][0] = -7
-        return [stop_case(rng, [5, 20, 0, 15], pages=[pages], groups=((BLOCK_SIZE, 2),))]
+        return [stop_case(rng, [5, 20, 0, 15], pages=[some_negative_pages(rng, 4)], groups=((BLOCK_SIZE, 2),))]
 
     def mixed(name: str, dtype: str, rng: Random) -> list[Case]:
         return [stop_case(rng, [5, 17, 40, 20], tokens=[9, 2, 9, 9], ints={name: dtype})]
@@ -100,25 +115,23 @@ def until_stop_clauses() -> list[Clause]:
         return [stop_case(rng, lengths, most=most, groups=((2**30, w),), ints=wide) for w in (1, 2)]
 
     def in_place(rng: Random) -> list[Case]:
-        case = stop_case(rng, [5, 17, 20])
-        return [replace(case, args=case.args | {"sampled_token_ids": View("input_tokens", (3,))})]
+        return [change(stop_case(rng, [5, 17, 20]), sampled_token_ids=View("input_tokens", (3,)))]
 
     def padded(rng: Random, slot: int) -> Case:
         case = stop_case(rng, [5, 64, 17, 9], tokens=[3, 3, 2, 3], status=[0, 0, 0, PADDING])
-        return replace(case, args=case.args | {"pad_slot": slot})
+        return change(case, pad_slot=slot)
 
     def wrong_dtypes(rng: Random) -> list[Case]:
         case = stop_case(rng, [5, 17, 20])
         only_64 = ("input_tokens", "input_positions", "slot_mappings[0]", "output_tokens", "stop_token_ids")
-        wrong = [(name, "float64") for name, cells in case.args.items() if isinstance(cells, Cells)]
-        wrong += [("status", "int64"), *((name, "int32") for name in only_64)]
-        return [refuse(case, **{name: recast(case.args[name], dtype)}) for name, dtype in wrong]
+        wrong = [(name, "float64") for name in tensors(case)]
+        return refuse_dtypes(case, [*wrong, ("status", "int64"), *((name, "int32") for name in only_64)])
 
     def wrong_shapes(rng: Random) -> list[Case]:
         case = stop_case(rng, [5, 17, 20])
-        sized = [name for name, c in case.args.items() if isinstance(c, Cells) and name != "stop_token_ids"]
+        by_row = [name for name in tensors(case) if name != "stop_token_ids"]
         return [
-            *(refuse(case, **{name: resized(case.args[name], size)}) for name in sized for size in (2, 4)),
+            *refuse_sizes(case, by_row, (2, 4)),
             refuse(case, stop_token_ids=Cells([[2, 7]])),
             refuse(case, output_tokens=Cells([1, 2, 3])),
             refuse(case, block_sizes=[16, 16]),
@@ -143,10 +156,6 @@ def until_stop_clauses() -> list[Clause]:
         case = stop_case(rng, [5, 17, 20])
         names = ("status", "output_tokens", "num_generated", "max_seq_lens")
         return [refuse(case, (n,), **{n: resized(case.args[n], 2)}) for n in names]
-
-    def elsewhere(rng: Random) -> list[Case]:
-        case = stop_case(rng, [5, 17, 20])
-        return [refuse(case, max_seq_lens=replace(case.args["max_seq_lens"], device="meta"))]
 
     return [
         Clause("advances", f"{ADVANCE}; {RECORD}", lambda rng: [stop_case(rng, [5]), stop_case(rng, [5, 17, 20, 40])]),
@@ -220,7 +229,7 @@ def until_stop_clauses() -> list[Clause]:
         Clause("no-rows", "B may be 0", lambda rng: [stop_case(rng, [])]),
         Clause(
             "slot-past-32-bits",
-            "slot arithmetic is 64-bit everywhere, whatever the tables' dtype",
+            SLOT_64,
             lambda rng: [
                 stop_case(rng, [3, 300], groups=((256, 2),), pages=[[[2**23, 7], [8, 2**24 + 1]]]),
                 stop_case(rng, [3], groups=((128, 1),), pages=[[[2**25 - 1]]]),
@@ -252,17 +261,21 @@ def until_stop_clauses() -> list[Clause]:
         ),
         Clause(
             "table-strides",
-            "block_tables: any strides",
+            TABLE_STRIDES,
             lambda rng: [stop_case(rng, [5, 17, 40], table_strides=s) for s in ((7, 1), (1, 5), (13, 3))],
         ),
         Clause(
             "vector-strides",
-            "vectors of any positive stride; what lies between is not written",
+            VECTOR_STRIDES,
             lambda rng: [stop_case(rng, [5, 17, 40], vector_stride=3)],
         ),
-        Clause("refuses-dtypes", f"dtypes. {HOST}", wrong_dtypes),
-        Clause("refuses-shapes", f"shapes, block_sizes. {HOST}", wrong_shapes),
-        Clause("refuses-shared-memory", f"shared memory between arguments. {HOST}", shared),
-        Clause("refuses-mixed-devices", f"all tensors on one device. {HOST}", elsewhere),
+        Clause("refuses-dtypes", f"dtypes. {ERROR}", wrong_dtypes),
+        Clause("refuses-shapes", f"shapes, block_sizes. {ERROR}", wrong_shapes),
+        Clause("refuses-shared-memory", SHARED_MEMORY, shared),
+        Clause(
+            "refuses-mixed-devices",
+            ONE_DEVICE,
+            lambda rng: refuse_device(stop_case(rng, [5, 17, 20]), "max_seq_lens"),
+        ),
         Clause("errors-name-the-argument", NAMED, named),
     ]

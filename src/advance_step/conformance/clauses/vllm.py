@@ -1,24 +1,24 @@
-"""The clauses of sections 2 and 3: what engines really hold, and the FlashInfer page metadata."""
+"""The clauses of `advance_step_flashattn` and `advance_step_flashinfer`: what engines really hold, page metadata."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from random import Random
 from typing import Any
 
 from advance_step.conformance.case import METADATA, Case, Cells, Clause, View
 from advance_step.conformance.clauses.common import (
+    BAD_VALUE,
     BLOCK_SIZE,
-    DATA,
-    HOST,
+    ERROR,
     NAMED,
-    lengths,
+    change,
     recast,
     refuse,
+    refuse_dtypes,
     resized,
-    step_case,
-    step_clauses,
+    vector,
 )
+from advance_step.conformance.clauses.plain import drawn_lengths, step_case, step_clauses
 from advance_step.conformance.oracle import INT32_MAX
 
 DTYPES = "seq_lens, block_tables (and sampled_token_ids) int32 or int64 independently, without a copy"
@@ -35,7 +35,7 @@ def vllm_clauses(contract: str = "vllm") -> list[Clause]:
 
     def empty(rng: Random) -> list[Case]:
         case = step_case(contract, rng, [], pads=0)
-        return [replace(case, args=case.args | {"block_tables": Cells([], "int32", shape=(0, w))}) for w in (0, 4)]
+        return [change(case, block_tables=Cells([], "int32", shape=(0, width))) for width in (0, 4)]
 
     return [
         *step_clauses(contract),
@@ -60,7 +60,7 @@ def vllm_clauses(contract: str = "vllm") -> list[Clause]:
                 for c in ("int32", "int64")
             ],
         ),
-        Clause("int32-length-at-its-end", f"a length that cannot be advanced. {DATA}", full_length),
+        Clause("int32-length-at-its-end", f"a length that cannot be advanced. {BAD_VALUE}", full_length),
     ]
 
 
@@ -71,7 +71,7 @@ def flashinfer_clauses() -> list[Clause]:
     def indices(case: Case, size_over_use: int) -> Case:
         """`case` with paged_kv_indices so much larger than what is used; smaller if negative."""
         used = len(case.args["paged_kv_indices"].values) - 7
-        return replace(case, args=case.args | {"paged_kv_indices": Cells(list(range(used + size_over_use)), "int32")})
+        return change(case, paged_kv_indices=vector(list(range(used + size_over_use)), "int32"))
 
     def small(rng: Random) -> list[Case]:
         return [indices(step(rng, [5, 40, 17]), -missing) for missing in (1, 4)]
@@ -80,7 +80,7 @@ def flashinfer_clauses() -> list[Clause]:
         case = step(rng, [5, 40, 17])
         sized = ("paged_kv_indptr", "paged_kv_last_page_len", "block_table_bound")
         return [
-            *(refuse(case, **{name: recast(case.args[name], "int64")}) for name in METADATA),
+            *refuse_dtypes(case, [(name, "int64") for name in METADATA]),
             *(
                 refuse(case, **{name: resized(case.args[name], len(case.args[name].values) + by)})
                 for name in sized
@@ -111,7 +111,7 @@ def flashinfer_clauses() -> list[Clause]:
         Clause(
             "metadata-of-many-rows",
             "indptr[0] = 0; indptr[i + 1] = indptr[i] + bound[i]",
-            lambda rng: [step(rng, lengths(rng, rows, 100)) for rows in (129, 1025, 2113)],
+            lambda rng: [step(rng, drawn_lengths(rng, rows, 100)) for rows in (129, 1025, 2113)],
         ),
         Clause(
             "indices-beyond-use",
@@ -119,6 +119,6 @@ def flashinfer_clauses() -> list[Clause]:
             lambda rng: [indices(step(rng, [5, 40, 17]), over) for over in (0, 1, 500)],
         ),
         Clause("indices-too-small", "an error (never a write past the end) when paged_kv_indices is too small", small),
-        Clause("refuses-metadata", f"dtypes, shapes, shared memory of the metadata. {HOST}", refused),
+        Clause("refuses-metadata", f"dtypes, shapes, shared memory of the metadata. {ERROR}", refused),
         Clause("errors-name-the-metadata", NAMED, named),
     ]

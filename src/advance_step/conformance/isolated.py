@@ -26,7 +26,7 @@ class NotLoadedError(RuntimeError):
     """The target cannot be imported, or the executor is not on this machine."""
 
 
-def check_apart(
+def check_isolated(
     target: str | None, pending: list[tuple[str, str]], device: str, environment: dict[str, str] | None = None
 ) -> Iterator[Result]:
     """Holds `target` (None: our own operators) to the (contract, clause) pairs `pending`, in order.
@@ -43,22 +43,22 @@ def check_apart(
         with tempfile.TemporaryFile("w+") as errors, os.fdopen(read) as pipe:
             child = subprocess.Popen(command, pass_fds=[write], stderr=errors, env=os.environ | (environment or {}))
             os.close(write)
-            loaded = _line(pipe, child)
-            while loaded and pending and (line := _line(pipe, child)):
+            loaded = _next_line(pipe, child)
+            while loaded and pending and (line := _next_line(pipe, child)):
                 yield Result(**json.loads(line))
                 pending.pop(0)
             status = child.wait()
             errors.seek(0)
             said = errors.read()
         if not loaded:
-            raise NotLoadedError(said.strip().rpartition("\n")[2] or f"the process {_ending(status)}")
+            raise NotLoadedError(said.strip().rpartition("\n")[2] or f"the process {_exit_reason(status)}")
         sys.stderr.write(said)
         if pending and (status or len(pending) == before):  # it may also have ended itself in good order
             contract, name = pending.pop(0)
-            yield Result(contract, name, clauses(contract)[name].sentence, FAILS, f"the process {_ending(status)}")
+            yield Result(contract, name, clauses(contract)[name].sentence, FAILS, f"the process {_exit_reason(status)}")
 
 
-def _line(pipe: IO[str], child: subprocess.Popen[bytes]) -> str:
+def _next_line(pipe: IO[str], child: subprocess.Popen[bytes]) -> str:
     """The child's next line; "" if it ended, or was silent for too long and is now killed."""
     watch = Timer(SECONDS_A_CLAUSE, child.kill)
     watch.start()
@@ -68,18 +68,18 @@ def _line(pipe: IO[str], child: subprocess.Popen[bytes]) -> str:
         watch.cancel()
 
 
-def _ending(status: int) -> str:
+def _exit_reason(status: int) -> str:
     if status == -signal.SIGKILL:
         return f"was killed: by the system, or after {SECONDS_A_CLAUSE} s without an answer"
     return f"died: {signal.Signals(-status).name}" if status < 0 else f"ended: exit status {status}"
 
 
-def _work(target: str | None, pending: list[tuple[str, str]], device: str, pipe: int) -> None:
+def _hold_to(target: str | None, pending: list[tuple[str, str]], device: str, pipe: int) -> None:
     with os.fdopen(pipe, "w", buffering=1) as out:
         loaded = {contract: load(target, contract) for contract, _ in pending}
         check_device(device)  # only now: a target may have brought it
         if target is None:
-            _served(device)
+            _require_forced_executor(device)
         print("loaded", file=out)
         for contract, name in pending:
             result = check_clause(loaded[contract], contract, name, device)
@@ -88,7 +88,7 @@ def _work(target: str | None, pending: list[tuple[str, str]], device: str, pipe:
                 return  # an accelerator does not recover from a wild access; the next process starts with a sound one
 
 
-def _served(device: str) -> None:
+def _require_forced_executor(device: str) -> None:
     """Raises if another executor than the forced one serves the device."""
     from advance_step import backend_info
 
@@ -100,4 +100,4 @@ def _served(device: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())  # a console script does not have it; a kernel under work lies there
-    _work(**json.loads(sys.argv[1]))
+    _hold_to(**json.loads(sys.argv[1]))
