@@ -6,7 +6,8 @@ one call, as `torch_npu.npu_advance_step_flashattn` and vLLM's `advance_step_fla
 """
 
 from advance_step import _backends
-from advance_step._backends import backend_info, warmup
+from advance_step._backends import backend_info, check_device, warmup
+from advance_step.errors import DtypeError
 
 _backends.load()
 
@@ -22,11 +23,13 @@ from advance_step.reference import PAD_SLOT, RowStatus  # noqa: E402
 __version__ = "0.1.0"
 __all__ = [
     "PAD_SLOT",
+    "DtypeError",
     "RowStatus",
     "advance_step_flashattn",
     "advance_step_flashinfer",
     "advance_until_stop",
     "backend_info",
+    "check_device",
     "eagle_step_update_slot_mapping_and_metadata",
     "npu_advance_step_flashattn",
     "warmup",

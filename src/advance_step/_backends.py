@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from advance_step import _schema
+from advance_step.errors import CHECK_VALUES
 
 FORCED = os.environ.get("ADVANCE_STEP_BACKEND", "")
 DEVICES = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU", "npu": "PrivateUse1"}  # torch's dispatch key of each
@@ -101,7 +102,7 @@ def _served_by(device: str, key: str) -> dict[str, str]:
 
 
 def _no_kernels(device: str) -> str:
-    checks = " (ADVANCE_STEP_CHECK=1: it never looks at values)" if device == "cuda" and _schema.CHECK_VALUES else ""
+    checks = " (ADVANCE_STEP_CHECK=1: it never looks at values)" if device == "cuda" and CHECK_VALUES else ""
     return f"the core brings nothing for {device}{checks}"
 
 

@@ -1,7 +1,8 @@
-"""The operators' contracts, a line per demand: shapes, dtypes, devices and scalars (`*_host`), then values (`*_data`).
+"""The operators' contracts, a line per demand.
 
-The host demands hold on every device and cost no synchronisation. The data demands are checked on the CPU, and on an
-accelerator when ``ADVANCE_STEP_CHECK=1``; where they are not, the kernels write the pad slot instead.
+`check_<contract>_arguments` refuses shapes, dtypes, devices and scalars, on every device and without a wait for it.
+`check_<contract>_values` refuses values in tensors, on the CPU, and on an accelerator when ``ADVANCE_STEP_CHECK=1``;
+where that is not asked for, the kernels write the pad slot instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ INTS = (torch.int32, torch.int64)
 MAX_GROUPS = 16  # as kMaxGroups in csrc/advance.h
 
 
-def npu_host(call: Call) -> None:
+def check_npu_arguments(call: Call) -> None:
     call.scalar("num_seqs", at_least=1)
     call.scalar("num_queries", at_least=1)
     call.scalar("block_size", at_least=1)
@@ -47,7 +48,7 @@ def npu_host(call: Call) -> None:
     call.one_device()
 
 
-def npu_data(call: Call) -> None:
+def check_npu_values(call: Call) -> None:
     if call.arguments["spec_token"] is None:
         call.positions("seq_lens", call.sizes["num_queries"], "block_tables")
         return
@@ -56,7 +57,7 @@ def npu_data(call: Call) -> None:
     call.positions("input_positions", call.sizes["num_seqs"], "block_tables", steps="accepted_num")
 
 
-def vllm_host(call: Call) -> None:
+def check_vllm_arguments(call: Call) -> None:
     call.scalar("num_seqs", at_least=0)
     call.scalar("num_queries", at_least=0)
     call.scalar("block_size", at_least=1)
@@ -71,12 +72,12 @@ def vllm_host(call: Call) -> None:
     call.one_device()
 
 
-def vllm_data(call: Call) -> None:
+def check_vllm_values(call: Call) -> None:
     call.positions("seq_lens", call.sizes["num_queries"], "block_tables")
 
 
-def flashinfer_host(call: Call) -> None:
-    vllm_host(call)
+def check_flashinfer_arguments(call: Call) -> None:
+    check_vllm_arguments(call)
     call.sizes["num_seqs + 1"] = call.sizes["num_seqs"] + 1
     call.tensor("paged_kv_indices", INT32, "[N]")
     call.tensor("paged_kv_indptr", INT32, "[num_seqs + 1]")
@@ -85,8 +86,8 @@ def flashinfer_host(call: Call) -> None:
     call.one_device()
 
 
-def flashinfer_data(call: Call) -> None:
-    vllm_data(call)
+def check_flashinfer_values(call: Call) -> None:
+    check_vllm_values(call)
     live = call["seq_lens"][: call.sizes["num_queries"]].to(torch.int64)
     needed = int((live.div(call.sizes["block_size"], rounding_mode="floor") + 1).sum())
     if needed > call.sizes["N"]:
@@ -103,7 +104,7 @@ def flashinfer_data(call: Call) -> None:
         raise call.refusal("block_tables", "page ids that fit int32", f"{int(pages[at])} in row {at[0]}")
 
 
-def eagle_host(call: Call) -> None:
+def check_eagle_arguments(call: Call) -> None:
     call.scalar("block_size", at_least=1)
     call.scalar("max_model_len", at_least=1)
     call.tensor("positions_1d", INTS, "[batch_size]")
@@ -122,7 +123,7 @@ def eagle_host(call: Call) -> None:
     call.one_device()
 
 
-def until_stop_host(call: Call) -> None:
+def check_until_stop_arguments(call: Call) -> None:
     grouped = ("slot_mappings", "block_tables", "block_sizes")
     counts = [call.list(kind) for kind in grouped]
     for kind, count in zip(grouped, counts, strict=True):
@@ -146,11 +147,7 @@ def until_stop_host(call: Call) -> None:
     call.one_device()
 
 
-def until_stop_data(call: Call) -> None:
+def check_until_stop_values(call: Call) -> None:
     if (at := first((call["status"] == 0) & (call["num_generated"] < 0))) is not None:
         got = f"{int(call['num_generated'][at])} in row {at[0]}"
         raise call.refusal("num_generated", "num_generated >= 0 in every running row", got)
-
-
-def no_data(call: Call) -> None:
-    """Every value has a meaning (`eagle_step_update_slot_mapping_and_metadata`)."""

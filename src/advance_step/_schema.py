@@ -6,7 +6,6 @@ kernel of every device that has none of its own (`_backends.py` attaches the nat
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -15,16 +14,14 @@ import torch
 
 from advance_step import _contracts as contracts
 from advance_step import reference
-from advance_step.errors import Call
-
-CHECK_VALUES = os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0")
+from advance_step.errors import CHECK_VALUES, Call
 
 
 class Operator(NamedTuple):
     schema: str
     reference: Callable[..., None]
-    host: Callable[[Call], None]  # refuses shapes, dtypes, devices, scalars
-    data: Callable[[Call], None]  # refuses values
+    check_arguments: Callable[[Call], None]  # refuses shapes, dtypes, devices, scalars
+    check_values: Callable[[Call], None] | None  # refuses values in tensors; None: each has a meaning
     same: Collection[tuple[str, str]] = ()  # (written, read) arguments that may be one and the same memory
 
 
@@ -36,23 +33,23 @@ OPERATORS = [
         f"npu_advance_step_flashattn({STATE}, Tensor(d!) slot_mapping, Tensor block_tables, "
         "int num_seqs, int num_queries, int block_size, *, Tensor? spec_token=None, Tensor? accepted_num=None) -> ()",
         reference.npu_advance_step_flashattn_ref,
-        contracts.npu_host,
-        contracts.npu_data,
+        contracts.check_npu_arguments,
+        contracts.check_npu_values,
         same=[("input_tokens", "sampled_token_ids")],
     ),
     Operator(
         f"advance_step_flashattn({STEP}) -> ()",
         reference.advance_step_flashattn_ref,
-        contracts.vllm_host,
-        contracts.vllm_data,
+        contracts.check_vllm_arguments,
+        contracts.check_vllm_values,
         same=[("input_tokens", "sampled_token_ids")],
     ),
     Operator(
         f"advance_step_flashinfer({STEP}, Tensor(e!) paged_kv_indices, Tensor(f!) paged_kv_indptr, "
         "Tensor(g!) paged_kv_last_page_len, Tensor(h!) block_table_bound) -> ()",
         reference.advance_step_flashinfer_ref,
-        contracts.flashinfer_host,
-        contracts.flashinfer_data,
+        contracts.check_flashinfer_arguments,
+        contracts.check_flashinfer_values,
         same=[("input_tokens", "sampled_token_ids")],
     ),
     Operator(
@@ -60,8 +57,8 @@ OPERATORS = [
         "Tensor(a!) seq_lens, int block_size, int max_model_len, Tensor(b!) out_clamped_positions, "
         "Tensor(c!) out_slot_mapping, int? input_batch_size=None) -> ()",
         reference.eagle_step_update_slot_mapping_and_metadata_ref,
-        contracts.eagle_host,
-        contracts.no_data,
+        contracts.check_eagle_arguments,
+        None,
         same=[("out_clamped_positions", "positions_1d")],
     ),
     Operator(
@@ -69,8 +66,8 @@ OPERATORS = [
         "Tensor(e!) status, Tensor(f!) output_tokens, Tensor(g!) num_generated, "
         "Tensor stop_token_ids, Tensor max_seq_lens, *, int pad_slot=-1) -> ()",
         reference.advance_until_stop_ref,
-        contracts.until_stop_host,
-        contracts.until_stop_data,
+        contracts.check_until_stop_arguments,
+        contracts.check_until_stop_values,
         same=[("input_tokens", "sampled_token_ids")],
     ),
 ]
@@ -85,11 +82,11 @@ def name_of(operator: Operator) -> str:
 def check(operator: Operator, arguments: dict[str, Any], fake: bool = False) -> None:
     """Raises the ValueError or DtypeError of a call that `operator`'s contract refuses; writes nothing."""
     call = Call(name_of(operator), arguments)
-    operator.host(call)
+    operator.check_arguments(call)
     if not fake:
-        call.written_apart([a.name for a in _arguments(operator) if a.is_write], operator.same)
-        if CHECK_VALUES or next(iter(call.tensors.values())).device.type == "cpu":
-            operator.data(call)
+        call.own_memory([a.name for a in _arguments(operator) if a.is_write], operator.same)
+        if operator.check_values and (CHECK_VALUES or next(iter(call.tensors.values())).device.type == "cpu"):
+            operator.check_values(call)
 
 
 def checked(operator: Operator, kernel: Callable[..., None]) -> Callable[..., None]:

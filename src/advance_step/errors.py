@@ -6,11 +6,15 @@ themselves, a line per argument, are in `_contracts.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Whether values in tensors are to be checked on accelerators too, where that waits for the device.
+CHECK_VALUES = os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0")
 
 
 class DtypeError(TypeError, ValueError):
@@ -87,7 +91,7 @@ class Call:
             if other != device:
                 raise self.refusal(name, f"a tensor on {device}, as {first} is", f"one on {other}")
 
-    def written_apart(self, written: Collection[str], same: Collection[tuple[str, str]] = ()) -> None:
+    def own_memory(self, written: Collection[str], same: Collection[tuple[str, str]] = ()) -> None:
         """Refuses an argument that is written and shares memory with itself or with another argument.
 
         Each pair in `same` may start at one address with one stride: element by element the same memory.

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from threading import Timer
 from typing import IO
 
-from advance_step._backends import check_device
+from advance_step import check_device
 from advance_step.conformance.run import FAILS, Result, check_clause, clauses, load
 
 SECONDS_A_CLAUSE = 300

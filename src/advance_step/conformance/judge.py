@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from advance_step.conformance.case import CONTRACTS, Case, Cells, View, gather
 from advance_step.conformance.oracle import Outcome
+from advance_step.errors import CHECK_VALUES
 
 GUARD = 1024  # sentinel cells on either side of a tensor: a whole block of a kernel that forgot its mask
 SENTINEL = 0x5A5A5A5A  # positive: read as a page id, it gives a slot that cannot be taken for the pad slot
@@ -94,7 +94,7 @@ def judge(case: Case, target: Callable[..., object], device: str) -> Fault | Non
 
 def checks_data(device: str) -> bool:
     """Whether a value out of place must raise on `device`, rather than get the pad slot."""
-    return torch.device(device).type == "cpu" or os.environ.get("ADVANCE_STEP_CHECK", "0") not in ("", "0")
+    return torch.device(device).type == "cpu" or CHECK_VALUES
 
 
 def lay_out(args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Place]]:

@@ -166,7 +166,7 @@ class Call {
 
   // `written` come first in `all`; each must share no memory with itself or another. `same`, of the read ones, may
   // also be the very memory that the first written one starts with.
-  void demand_written_apart(const Argument* const* all, int count, int written, const Argument* same) {
+  void demand_own_memory(const Argument* const* all, int count, int written, const Argument* same) {
     for (int i = 0; i < written; ++i) {
       demand(!all[i]->meets_itself());
       for (int other = i + 1; other < count; ++other) {

@@ -15,7 +15,7 @@ template <class Executor>
 void demand_memory(Call& call, std::initializer_list<const Argument*> all, int written,
                    const Argument* same = nullptr) {
   call.demand(Executor::holds(all.begin(), all.end()));
-  call.demand_written_apart(all.begin(), static_cast<int>(all.size()), written, same);
+  call.demand_own_memory(all.begin(), static_cast<int>(all.size()), written, same);
 }
 
 struct PlainArguments {
@@ -259,7 +259,7 @@ void advance_until_stop(StableIValue* stack, uint64_t, uint64_t) {
   all[count++] = &max_seq_lens;
   for (int g = 0; g < groups; ++g) all[count++] = &block_table[g];
   call.demand(Executor::holds(all, all + count));
-  call.demand_written_apart(all, count, written, &sampled);
+  call.demand_own_memory(all, count, written, &sampled);
 
   sampled.dim = 1;  // [B] or [B, 1]
   const auto run = [&](auto stride, auto most_groups) {

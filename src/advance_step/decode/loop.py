@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from advance_step import RowStatus
-from advance_step._schema import CHECK_VALUES
 from advance_step.decode import paged_kernels
 from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_model
 from advance_step.decode.cache import PagedKVCache, head_dim_of
@@ -22,6 +21,7 @@ from advance_step.decode.graphs import StepGraphs, capture, doubling
 from advance_step.decode.pages import PagePool
 from advance_step.decode.request import Figures, Request
 from advance_step.decode.state import BatchState
+from advance_step.errors import CHECK_VALUES
 
 # Prompts are prefilled together up to this many tokens: enough to fill the matmuls, bounded in memory.
 PREFILL_TOKENS = 4096

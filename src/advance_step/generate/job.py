@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from advance_step._backends import check_device
+from advance_step import check_device
 from advance_step.decode.loop import Decoder
 from advance_step.decode.paged_kernels import default_block_size
 from advance_step.decode.request import Request, pages_for

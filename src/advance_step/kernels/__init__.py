@@ -4,10 +4,10 @@ For each operator a function of its name and arguments, which launches and neith
 that each follows is that of the reference of the same name, down to what a value without a meaning costs: its slot.
 """
 
-from advance_step.kernels.ahead import warmup
 from advance_step.kernels.eagle import eagle_step_update_slot_mapping_and_metadata
 from advance_step.kernels.flashinfer import advance_step_flashinfer
 from advance_step.kernels.plain import advance_step_flashattn
+from advance_step.kernels.precompile import warmup
 from advance_step.kernels.speculative import npu_advance_step_flashattn
 from advance_step.kernels.until_stop import advance_until_stop
 
