@@ -269,7 +269,7 @@ def test_greedy_is_the_first_of_the_likeliest(dtype):
         sampler.admit(row, SamplingParams(), 0, [1])
     assert sampler.mode == Mode()
     assert sampler.sample(logits, 3).tolist() == [0, 4, 0]
-    everything = Mode(random=True, ranked=True, penalties=False, min_new_tokens=False)
+    everything = Mode(random=True, top_k=64, top_p=True)
     assert sampler.sample(logits, 3, mode=everything).tolist() == [0, 4, 0]
     assert sampler.in_prompt is None and sampler.ends is None  # nobody needs them
 
@@ -353,7 +353,7 @@ def test_a_step_reads_nothing_back_and_compiles_whole():
     for row, params in enumerate(MIXED):
         sampler.admit(row, params, row, [1, 2])
     mode = sampler.mode
-    assert mode == Mode(True, True, True, True, True, False)
+    assert mode == Mode(True, 64, True, True, True, True, False)
     addresses = {name: buffer.data_ptr() for name, buffer in vars(sampler).items() if isinstance(buffer, torch.Tensor)}
     logits, live = torch.randn(6, VOCAB), torch.ones(6, dtype=torch.bool)
     with NoLook():

@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from advance_step.decode.counter_random import row_key, uniform
-from advance_step.decode.filters import draw, keep_likeliest, penalise, weights_above
+from advance_step.decode.filters import draw, keep_top_k, keep_top_p, penalise, weights_above
 from advance_step.decode.sampling_params import SamplingParams
+
+# Fewer likeliest tokens are not looked for faster, and would be more modes.
+MIN_TOP_K = 64
 
 
 class Mode(NamedTuple):
     """What a step has to do beside taking the likeliest token. One captured or compiled step serves one mode."""
 
     random: bool = False  # a row with a temperature
-    ranked: bool = False  # a row with top_k or top_p: the vocabulary is sorted
+    top_k: int = 0  # the largest that a row has, or the next power of two
+    top_p: bool = False
     penalties: bool = False
     min_new_tokens: bool = False
     logprobs: bool = False
@@ -28,7 +32,8 @@ class Mode(NamedTuple):
         random = params.temperature > 0
         return cls(
             random=random,
-            ranked=random and (params.top_k > 0 or params.top_p < 1),
+            top_k=max(1 << (params.top_k - 1).bit_length(), MIN_TOP_K) if random and params.top_k else 0,
+            top_p=random and params.top_p < 1,
             penalties=params.penalises,
             min_new_tokens=params.min_new_tokens > 0,
             logprobs=params.logprobs is not None,
@@ -225,8 +230,10 @@ class Sampler:
     def weights(self, scores: Tensor, rows: slice, mode: Mode) -> Tensor:
         """Adjusted logits after temperature and filters: probabilities, not normalised, that a row is drawn from."""
         scores = scores / self.temperature[rows, None]
-        if mode.ranked:
-            scores = keep_likeliest(scores, self.outside[rows], self.tail[rows])
+        if mode.top_k:
+            scores = keep_top_k(scores, self.outside[rows], mode.top_k)
+        if mode.top_p:
+            scores = keep_top_p(scores, self.tail[rows])
         return weights_above(scores, self.min_p[rows])
 
     def collect_logprobs(self, row: int, count: int) -> list[TokenLogprobs]:
@@ -265,7 +272,7 @@ class Sampler:
 
     def _set_mode(self) -> None:
         needs = {Mode.of(params) for params in self.params if params is not None}
-        self.mode = Mode(*map(any, zip(*needs, strict=True)))
+        self.mode = Mode(*map(max, zip(*needs, strict=True)))
 
     def _process(self, scores: Tensor, rows: slice) -> Tensor:
         """Each row's own processors, one row after the other."""

@@ -71,9 +71,7 @@ class SamplingParams:
         self._check_int("top_k", 0)
         self._check_float("top_p", 0, 1)
         self._check_float("min_p", 0, 1)
-        self._check_float("repetition_penalty", 0, math.inf)
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty: expected repetition_penalty > 0, got 0")
+        self._check_float("repetition_penalty", 0, math.inf, positive=True)
         self._check_float("presence_penalty", -2, 2)  # OpenAI's range, and vLLM's
         self._check_float("frequency_penalty", -2, 2)
         if self.seed is not None and not (_is_int(self.seed) and self.seed in INT64):
@@ -125,12 +123,14 @@ class SamplingParams:
         if not _is_int(value) or value < least:
             raise ValueError(f"{name}: expected an integer, {name} >= {least}, got {value!r}")
 
-    def _check_float(self, name: str, least: float, most: float) -> None:
+    def _check_float(self, name: str, least: float, most: float, positive: bool = False) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and least <= value <= most):
-            expected = f"{name} >= {least}" if most == math.inf else f"{least} <= {name} <= {most}"
+        expected = f"{name} {'>' if positive else '>='} {least}" if most == math.inf else f"{least} <= {name} <= {most}"
+        if not number or value < least or value > most or (positive and value == 0):
             raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite {expected}, got {value!r}")
 
 
 # Field of a transformers GenerationConfig, and the parameter that it fills.
@@ -196,7 +196,7 @@ def _is_int(value: object) -> bool:
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if isinstance(value, str):
+    if isinstance(value, str) and name == "stop":
         return (value,)
     if not isinstance(value, (list, tuple)):
         raise ValueError(f"{name}: expected a list or a tuple, got {value!r}")
