@@ -28,11 +28,11 @@ class Binary(NamedTuple):
     kernel: Any
     signature: tuple[tuple[str, str], ...]
     attributes: str  # of the arguments, such as ((3,), [["tt.divisibility", 16]])
-    constants: str
+    constants: tuple[tuple[tuple[int, ...], Any], ...]  # the constexpr parameters, by their place
     num_warps: int
 
     def compile(self, target: GPUTarget) -> Any:
-        source = ASTSource(self.kernel, dict(self.signature))
+        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants))
         return triton.compile(source, target=target, options={"num_warps": self.num_warps})
 
 
@@ -67,7 +67,9 @@ def binaries(target: GPUTarget) -> Iterator[set[Binary]]:
     def keep(key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         (attributes,) = compile["configs"]
         kernel, signature = fn.jit_function, tuple(compile["signature"].items())
-        wanted.add(Binary(kernel, signature, str(attributes), str(compile["constants"]), compile["num_warps"]))
+        wanted.add(
+            Binary(kernel, signature, str(attributes), tuple(compile["constants"].items()), compile["num_warps"])
+        )
         keys.add((kernel, key))
         return True
 

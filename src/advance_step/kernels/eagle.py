@@ -7,11 +7,10 @@ position points to; it writes position, length and slot. Of a row that pads the 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from advance_step.kernels.common import ROWS, jit_by_dtype, launch, program_rows, slot_of
+from advance_step.kernels.common import jit_by_dtype, launch_rows, program_rows, same_memory, slot_of
 
 
 @jit_by_dtype
@@ -33,9 +32,14 @@ def eagle_kernel(
     seq_lens_stride: tl.int64,
     out_clamped_positions_stride: tl.int64,
     out_slot_mapping_stride: tl.int64,
+    ROWS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # positions_1d is the memory of out_clamped_positions
 ):
-    row = program_rows()
+    row = program_rows(ROWS)
     live = row < batch_size
+    if IN_PLACE:
+        positions_1d = out_clamped_positions
     position = tl.load(positions_1d + row * positions_1d_stride, mask=live, other=0).to(tl.int64)
     length = tl.load(seq_lens + row * seq_lens_stride, mask=live, other=0).to(tl.int64)
     exceeds = position >= last_position
@@ -50,6 +54,7 @@ def eagle_kernel(
         block_table_tensor_stride_0,
         block_table_tensor_stride_1,
         block_size,
+        LANE_MASKS,
     )
     position = position.to(out_clamped_positions.dtype.element_ty)
     tl.store(out_clamped_positions + row * out_clamped_positions_stride, position, mask=live)
@@ -69,9 +74,9 @@ def eagle_step_update_slot_mapping_and_metadata(
 ) -> None:
     batch_size = positions_1d.size(0)
     padded_batch_size = batch_size if input_batch_size is None else input_batch_size
-    launch(
+    launch_rows(
         eagle_kernel,
-        (triton.cdiv(padded_batch_size, ROWS.value),),
+        padded_batch_size,
         positions_1d,
         block_table_tensor,
         seq_lens,
@@ -89,4 +94,5 @@ def eagle_step_update_slot_mapping_and_metadata(
         seq_lens.stride(0),
         out_clamped_positions.stride(0),
         out_slot_mapping.stride(0),
+        IN_PLACE=same_memory(out_clamped_positions, positions_1d),
     )

@@ -3,7 +3,7 @@
 `count_pages_kernel` is one program that carries the running sum of the pages over all rows, SCAN_ROWS at a time. It
 reads the lengths as they are before the step, and writes indptr, bounds and last page lengths.
 
-`flashinfer_kernel` gives each program TILE_ROWS rows and every num_programs(1)-th tile of TILE_COLUMNS table columns.
+`flashinfer_kernel` gives each program ROWS rows and every column_programs-th tile of COLUMNS table columns.
 It reads indptr and the rows' page ids, and writes those to the indices, never past their end. The programs of the first
 tile also advance their rows as `plain.py` does.
 """
@@ -14,13 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from advance_step.kernels.common import jit_by_dtype, launch
+from advance_step.kernels.common import grid_of_rows, jit_by_dtype, launch, program_rows, same_memory, tiles_of
 from advance_step.kernels.plain import advance_rows
-
-SCAN_ROWS = tl.constexpr(2048)  # with 16 warps the largest tile that no target spills registers for
-TILE_ROWS = tl.constexpr(16)
-TILE_COLUMNS = tl.constexpr(128)
-MOST_COLUMN_PROGRAMS = 64  # for a long table; a wider one is walked in a loop
 
 
 @jit_by_dtype
@@ -37,6 +32,7 @@ def count_pages_kernel(
     paged_kv_indptr_stride: tl.int64,
     paged_kv_last_page_len_stride: tl.int64,
     block_table_bound_stride: tl.int64,
+    SCAN_ROWS: tl.constexpr,
 ):
     tl.store(paged_kv_indptr, 0)
     before = tl.full((), 0, tl.int64)  # pages of the rows before this tile
@@ -79,8 +75,13 @@ def flashinfer_kernel(
     block_tables_stride_1: tl.int64,
     paged_kv_indices_stride: tl.int64,
     paged_kv_indptr_stride: tl.int64,
+    column_programs: tl.int64,  # the grid's second size
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    row = program_rows(ROWS)
     if tl.program_id(1) == 0:
         advance_rows(
             row,
@@ -101,19 +102,40 @@ def flashinfer_kernel(
             slot_mapping_stride,
             block_tables_stride_0,
             block_tables_stride_1,
+            LANE_MASKS,
+            IN_PLACE,
         )
-    live = row < num_queries
-    start = tl.load(paged_kv_indptr + row * paged_kv_indptr_stride, mask=live, other=0).to(tl.int64)
-    end = tl.load(paged_kv_indptr + (row + 1) * paged_kv_indptr_stride, mask=live, other=0).to(tl.int64)
-    bound = tl.minimum(end - start, columns)
-    widest = tl.max(bound, 0)
-    for first in range(tl.program_id(1) * TILE_COLUMNS, widest, tl.num_programs(1) * TILE_COLUMNS):
-        column = first + tl.arange(0, TILE_COLUMNS).to(tl.int64)
-        entry = start[:, None] + column[None, :]  # [TILE_ROWS, TILE_COLUMNS]
-        place = row[:, None] * block_tables_stride_0 + column[None, :] * block_tables_stride_1
-        inside = (column[None, :] < bound[:, None]) & (entry >= 0) & (entry < num_indices)
-        page = tl.load(block_tables + place, mask=inside, other=0).to(tl.int32)
-        tl.store(paged_kv_indices + entry * paged_kv_indices_stride, page, mask=inside)
+    first_column = tl.program_id(1).to(tl.int64) * COLUMNS
+    last_row = tl.minimum((tl.program_id(0).to(tl.int64) + 1) * ROWS, num_queries)
+    if LANE_MASKS:  # a tile of all the rows at once, of which each ends at its own column
+        live = row < num_queries
+        start = tl.load(paged_kv_indptr + row * paged_kv_indptr_stride, mask=live, other=0).to(tl.int64)
+        end = tl.load(paged_kv_indptr + (row + 1) * paged_kv_indptr_stride, mask=live, other=0).to(tl.int64)
+        bound = pages_that_fit(start, end, columns, num_indices)
+        for first in range(first_column, tl.max(bound, 0), column_programs * COLUMNS):
+            column = first + tl.arange(0, COLUMNS).to(tl.int64)[None, :]
+            inside = column < bound[:, None]
+            place = row[:, None] * block_tables_stride_0 + column * block_tables_stride_1
+            page = tl.load(block_tables + place, mask=inside, other=0).to(tl.int32)
+            tl.store(paged_kv_indices + (start[:, None] + column) * paged_kv_indices_stride, page, mask=inside)
+    else:  # row by row, where the end is a scalar and the mask a prefix
+        for r in range(tl.program_id(0).to(tl.int64) * ROWS, last_row):
+            start = tl.load(paged_kv_indptr + r * paged_kv_indptr_stride).to(tl.int64)
+            end = tl.load(paged_kv_indptr + (r + 1) * paged_kv_indptr_stride).to(tl.int64)
+            bound = pages_that_fit(start, end, columns, num_indices)
+            for first in range(first_column, bound, column_programs * COLUMNS):
+                column = first + tl.arange(0, COLUMNS).to(tl.int64)
+                inside = column < bound
+                place = r * block_tables_stride_0 + column * block_tables_stride_1
+                page = tl.load(block_tables + place, mask=inside, other=0).to(tl.int32)
+                tl.store(paged_kv_indices + (start + column) * paged_kv_indices_stride, page, mask=inside)
+
+
+@triton.jit
+def pages_that_fit(start, end, columns, num_indices):
+    """How many page ids of a row, whose indices begin at `start` and end at `end`, are copied."""
+    bound = tl.minimum(tl.minimum(end - start, columns), num_indices - start)
+    return tl.where(start >= 0, bound, 0)
 
 
 def advance_step_flashinfer(
@@ -132,6 +154,9 @@ def advance_step_flashinfer(
     block_table_bound: Tensor,
 ) -> None:
     columns = block_tables.size(1)
+    tiles = tiles_of(input_tokens)
+    column_programs = min(max(1, triton.cdiv(columns, tiles.copy_columns)), tiles.column_programs)
+    grid = grid_of_rows(num_seqs, tiles.copy_rows, tiles, column_programs)
     launch(
         count_pages_kernel,
         (1,),
@@ -147,12 +172,12 @@ def advance_step_flashinfer(
         paged_kv_indptr.stride(0),
         paged_kv_last_page_len.stride(0),
         block_table_bound.stride(0),
-        num_warps=16,
+        SCAN_ROWS=tiles.scan_rows,
+        **tiles.scan_options,
     )
-    column_programs = min(max(1, triton.cdiv(columns, TILE_COLUMNS.value)), MOST_COLUMN_PROGRAMS)
     launch(
         flashinfer_kernel,
-        (triton.cdiv(num_seqs, TILE_ROWS.value), column_programs),
+        grid,
         input_tokens,
         sampled_token_ids,
         input_positions,
@@ -174,4 +199,9 @@ def advance_step_flashinfer(
         *block_tables.stride(),
         paged_kv_indices.stride(0),
         paged_kv_indptr.stride(0),
+        column_programs,
+        ROWS=tiles.copy_rows,
+        COLUMNS=tiles.copy_columns,
+        LANE_MASKS=tiles.lane_masks,
+        IN_PLACE=same_memory(input_tokens, sampled_token_ids),
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from advance_step.kernels.common import ROWS, jit_by_dtype, launch, program_rows, slot_of
+from advance_step.kernels.common import jit_by_dtype, largest, launch_rows, program_rows, same_memory, slot_of
 
 
 @triton.jit
@@ -34,17 +34,29 @@ def advance_rows(
     slot_mapping_stride,
     block_tables_stride_0,
     block_tables_stride_1,
+    LANE_MASKS: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # sampled_token_ids is the memory of input_tokens
 ):
     """Advances the rows `row` (int64, any tile); rows from num_seqs on are left alone."""
     live = row < num_queries
     in_batch = row < num_seqs
+    if IN_PLACE:
+        sampled_token_ids = input_tokens
     # What masked rows get here is what padding rows are to hold: token 0, position 0, slot -1.
     token = tl.load(sampled_token_ids + row * sampled_token_ids_stride, mask=live, other=0).to(tl.int64)
     position = tl.load(seq_lens + row * seq_lens_stride, mask=live, other=0).to(tl.int64)
     length = (position + 1).to(seq_lens.dtype.element_ty)  # wraps after the longest that the dtype holds
-    placed = live & (length.to(tl.int64) > position)
+    placed = live & (position < largest(seq_lens))
     slot = slot_of(
-        row, position, placed, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
+        row,
+        position,
+        placed,
+        block_tables,
+        columns,
+        block_tables_stride_0,
+        block_tables_stride_1,
+        block_size,
+        LANE_MASKS,
     )
     tl.store(input_tokens + row * input_tokens_stride, token, mask=in_batch)
     tl.store(input_positions + row * input_positions_stride, position, mask=in_batch)
@@ -71,9 +83,12 @@ def plain_kernel(
     slot_mapping_stride: tl.int64,
     block_tables_stride_0: tl.int64,
     block_tables_stride_1: tl.int64,
+    ROWS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):
     advance_rows(
-        program_rows(),
+        program_rows(ROWS),
         input_tokens,
         sampled_token_ids,
         input_positions,
@@ -91,6 +106,8 @@ def plain_kernel(
         slot_mapping_stride,
         block_tables_stride_0,
         block_tables_stride_1,
+        LANE_MASKS,
+        IN_PLACE,
     )
 
 
@@ -105,9 +122,9 @@ def advance_step_flashattn(
     slot_mapping: Tensor,
     block_tables: Tensor,
 ) -> None:
-    launch(
+    launch_rows(
         plain_kernel,
-        (triton.cdiv(num_seqs, ROWS.value),),
+        num_seqs,
         input_tokens,
         sampled_token_ids,
         input_positions,
@@ -124,4 +141,5 @@ def advance_step_flashattn(
         seq_lens.stride(0),
         slot_mapping.stride(0),
         *block_tables.stride(),
+        IN_PLACE=same_memory(input_tokens, sampled_token_ids),
     )

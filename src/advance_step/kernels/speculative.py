@@ -2,16 +2,23 @@
 
 One program advances ROWS rows, each in a lane of its own that walks over the row's T = 1 + S entries. Of a row it reads
 the sampled tokens, the proposals, the positions, the accepted number, and for each position one page id; it writes the
-T tokens, positions, lengths and slots. The row's sampled tokens are read before any of its tokens is written.
+T tokens, positions, lengths and slots. A sampled token is read before the token in its place is written.
 """
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from advance_step.kernels.common import ROWS, jit_by_dtype, launch, program_rows, slot_of
+from advance_step.kernels.common import (
+    jit_by_dtype,
+    launch_rows,
+    load_rows,
+    program_rows,
+    same_memory,
+    slot_of,
+    store_rows,
+)
 from advance_step.kernels.plain import advance_step_flashattn
 
 
@@ -44,9 +51,14 @@ def speculative_kernel(
     spec_token_stride_0: tl.int64,
     spec_token_stride_1: tl.int64,
     accepted_num_stride: tl.int64,
+    ROWS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # sampled_token_ids is the memory of input_tokens
 ):
-    row = program_rows()
+    row = program_rows(ROWS)
     live = row < num_seqs
+    if IN_PLACE:
+        sampled_token_ids = input_tokens
     input_tokens += row * input_tokens_stride_0
     sampled_token_ids += row * sampled_token_ids_stride_0
     input_positions += row * input_positions_stride_0
@@ -58,21 +70,29 @@ def speculative_kernel(
     has_token = last != -1
     accepted = has_token
     for j in range(1, num_entries):
-        token = tl.load(sampled_token_ids + j * sampled_token_ids_stride_1, mask=accepted, other=-1)
-        accepted = token != -1
+        token = load_rows(sampled_token_ids + j * sampled_token_ids_stride_1, accepted, live, LANE_MASKS, other=-1)
+        accepted = accepted & (token != -1)
         last = tl.where(accepted, token, last)
-    tl.store(input_tokens, last, mask=has_token)
+        proposal = tl.load(spec_token + (j - 1) * spec_token_stride_1, mask=live, other=0)
+        tl.store(input_tokens + j * input_tokens_stride_1, proposal, mask=live)
+    store_rows(input_tokens, last, has_token, live, LANE_MASKS)
 
     count = tl.load(accepted_num + row * accepted_num_stride, mask=live, other=0)
     for j in range(0, num_entries):
-        proposal = tl.load(spec_token + (j - 1) * spec_token_stride_1, mask=live & (j > 0), other=0)
         before = tl.load(input_positions + j * input_positions_stride_1, mask=live, other=0)
         position = before + (count + 1)
         placed = live & ((position > before) == (count >= 0))  # not where the sum has wrapped
         slot = slot_of(
-            row, position, placed, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
+            row,
+            position,
+            placed,
+            block_tables,
+            columns,
+            block_tables_stride_0,
+            block_tables_stride_1,
+            block_size,
+            LANE_MASKS,
         )
-        tl.store(input_tokens + j * input_tokens_stride_1, proposal, mask=live & (j > 0))
         tl.store(input_positions + j * input_positions_stride_1, position, mask=live)
         tl.store(seq_lens + j * seq_lens_stride_1, position + 1, mask=live)
         tl.store(slot_mapping + j * slot_mapping_stride_1, slot, mask=live)
@@ -106,9 +126,9 @@ def npu_advance_step_flashattn(
         )
         return
     num_entries = sampled_token_ids.size(1)  # T
-    launch(
+    launch_rows(
         speculative_kernel,
-        (triton.cdiv(num_seqs, ROWS.value),),
+        num_seqs,
         input_tokens,
         sampled_token_ids,
         input_positions,
@@ -129,6 +149,7 @@ def npu_advance_step_flashattn(
         *block_tables.stride(),
         *spec_token.stride(),
         accepted_num.stride(0),
+        IN_PLACE=same_memory(input_tokens, sampled_token_ids),
     )
 
 

@@ -16,11 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from advance_step.kernels.common import ROWS, jit_by_dtype, launch, program_rows, slot_of
+from advance_step.kernels.common import (
+    jit_by_dtype,
+    largest,
+    launch_rows,
+    load_rows,
+    program_rows,
+    same_memory,
+    slot_of,
+    store_rows,
+)
 from advance_step.reference import PAD_SLOT, RowStatus
 
 RUNNING = tl.constexpr(int(RowStatus.RUNNING))
@@ -62,26 +70,43 @@ def until_stop_kernel(
     num_generated_stride: tl.int64,
     stop_token_ids_stride: tl.int64,
     max_seq_lens_stride: tl.int64,
+    ROWS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # sampled_token_ids is the memory of input_tokens
 ):
-    row = program_rows()
+    row = program_rows(ROWS)
     in_batch = row < num_rows
-    running = in_batch & (tl.load(status + row * status_stride, mask=in_batch, other=NO_PAGE) == RUNNING)
-    token = tl.load(sampled_token_ids + row * sampled_token_ids_stride, mask=running, other=0).to(tl.int64)
-    position = tl.load(seq_lens + row * seq_lens_stride, mask=running, other=0).to(tl.int64)
-    longest = tl.load(max_seq_lens + row * max_seq_lens_stride, mask=running, other=0).to(tl.int64)
-    generated = tl.load(num_generated + row * num_generated_stride, mask=running, other=0).to(tl.int64)
+    if IN_PLACE:
+        sampled_token_ids = input_tokens
+    sampled_token_ids += row * sampled_token_ids_stride
+    seq_lens += row * seq_lens_stride
+    slot_mapping += row * slot_mapping_stride
+    status += row * status_stride
+    num_generated += row * num_generated_stride
+    running = in_batch & (tl.load(status, mask=in_batch, other=NO_PAGE) == RUNNING)
+    token = load_rows(sampled_token_ids, running, in_batch, LANE_MASKS).to(tl.int64)
+    position = load_rows(seq_lens, running, in_batch, LANE_MASKS).to(tl.int64)
+    longest = load_rows(max_seq_lens + row * max_seq_lens_stride, running, in_batch, LANE_MASKS).to(tl.int64)
+    generated = load_rows(num_generated, running, in_batch, LANE_MASKS).to(tl.int64)
 
     slot = slot_of(
-        row, position, running, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
+        row,
+        position,
+        running,
+        block_tables,
+        columns,
+        block_tables_stride_0,
+        block_tables_stride_1,
+        block_size,
+        LANE_MASKS,
     )
-    checked = tl.load(slot_mapping + row * slot_mapping_stride, mask=running & (row < num_checked), other=0)
-    length = (position + 1).to(seq_lens.dtype.element_ty)  # wraps after the longest that the dtype holds
+    checked = load_rows(slot_mapping, running, row < num_checked, LANE_MASKS)
     full = (generated < 0) | (generated >= output_columns)
     stopped = tl.zeros((ROWS,), tl.int1)
     for s in range(0, num_stop_tokens):
         stopped = stopped | (token == tl.load(stop_token_ids + s * stop_token_ids_stride))
 
-    outcome = tl.where(length.to(tl.int64) <= position, LENGTH, RUNNING)
+    outcome = tl.where(position < largest(seq_lens), RUNNING, LENGTH)
     outcome = tl.where((slot == -1) | (checked == -1), NO_PAGE, outcome)
     outcome = tl.where((position >= longest) | (position + 1 >= longest), LENGTH, outcome)
     outcome = tl.where(stopped, STOPPED, outcome)
@@ -90,14 +115,13 @@ def until_stop_kernel(
     advanced = running & (outcome == RUNNING)
 
     place = row * output_tokens_stride_0 + generated * output_tokens_stride_1
-    tl.store(output_tokens + place, token, mask=recorded)
-    generated = (generated + 1).to(num_generated.dtype.element_ty)
-    tl.store(num_generated + row * num_generated_stride, generated, mask=recorded)
-    tl.store(input_tokens + row * input_tokens_stride, token, mask=advanced)
-    tl.store(input_positions + row * input_positions_stride, position, mask=advanced)
-    tl.store(seq_lens + row * seq_lens_stride, length, mask=advanced)
-    tl.store(slot_mapping + row * slot_mapping_stride, tl.where(advanced, slot, pad_slot), mask=in_batch)
-    tl.store(status + row * status_stride, outcome, mask=running)
+    tl.store(output_tokens + place, token, mask=recorded)  # a scatter: it keeps its mask everywhere
+    store_rows(num_generated, generated + 1, recorded, in_batch, LANE_MASKS)
+    store_rows(input_tokens + row * input_tokens_stride, token, advanced, in_batch, LANE_MASKS)
+    store_rows(input_positions + row * input_positions_stride, position, advanced, in_batch, LANE_MASKS)
+    store_rows(seq_lens, position + 1, advanced, in_batch, LANE_MASKS)
+    tl.store(slot_mapping, tl.where(advanced, slot, pad_slot), mask=in_batch)
+    store_rows(status, outcome, running, in_batch, LANE_MASKS)
 
 
 @jit_by_dtype
@@ -117,18 +141,28 @@ def find_slots_kernel(
     block_tables_stride_1: tl.int64,
     status_stride: tl.int64,
     first_slot_mapping_stride: tl.int64,
+    ROWS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
 ):
-    row = program_rows()
+    row = program_rows(ROWS)
     in_batch = row < num_rows
     running = in_batch & (tl.load(status + row * status_stride, mask=in_batch, other=NO_PAGE) == RUNNING)
-    position = tl.load(seq_lens + row * seq_lens_stride, mask=running, other=0).to(tl.int64)
+    position = load_rows(seq_lens + row * seq_lens_stride, running, in_batch, LANE_MASKS).to(tl.int64)
     slot = slot_of(
-        row, position, running, block_tables, columns, block_tables_stride_0, block_tables_stride_1, block_size
+        row,
+        position,
+        running,
+        block_tables,
+        columns,
+        block_tables_stride_0,
+        block_tables_stride_1,
+        block_size,
+        LANE_MASKS,
     )
     first_slot_mapping += row * first_slot_mapping_stride
-    checked = tl.load(first_slot_mapping, mask=running & (row < num_checked), other=0)
-    tl.store(first_slot_mapping, tl.where(slot == -1, -1, checked), mask=running)
-    tl.store(slot_mapping + row * slot_mapping_stride, slot, mask=running)
+    checked = load_rows(first_slot_mapping, running, row < num_checked, LANE_MASKS)
+    store_rows(first_slot_mapping, tl.where(slot == -1, -1, checked), running, in_batch, LANE_MASKS)
+    store_rows(slot_mapping + row * slot_mapping_stride, slot, running, in_batch, LANE_MASKS)
 
 
 @jit_by_dtype
@@ -139,12 +173,14 @@ def keep_slots_kernel(
     pad_slot: tl.int64,
     slot_mapping_stride: tl.int64,
     status_stride: tl.int64,
+    ROWS: tl.constexpr,
+    LANE_MASKS: tl.constexpr,
 ):
-    row = program_rows()
+    row = program_rows(ROWS)
     in_batch = row < num_rows
     # Of the rows that were running, those that advanced are running still.
     frozen = tl.load(status + row * status_stride, mask=in_batch, other=RUNNING) != RUNNING
-    tl.store(slot_mapping + row * slot_mapping_stride, pad_slot, mask=frozen)
+    store_rows(slot_mapping + row * slot_mapping_stride, pad_slot, frozen, in_batch, LANE_MASKS)
 
 
 def advance_until_stop(
@@ -164,12 +200,11 @@ def advance_until_stop(
     pad_slot: int = PAD_SLOT,
 ) -> None:
     num_rows = status.size(0)
-    grid = (triton.cdiv(num_rows, ROWS.value),)
     first, *further = slot_mappings
     for group, slot_mapping in enumerate(further, 1):
-        launch(
+        launch_rows(
             find_slots_kernel,
-            grid,
+            num_rows,
             seq_lens,
             slot_mapping,
             block_tables[group],
@@ -185,9 +220,9 @@ def advance_until_stop(
             status.stride(0),
             first.stride(0),
         )
-    launch(
+    launch_rows(
         until_stop_kernel,
-        grid,
+        num_rows,
         input_tokens,
         sampled_token_ids,
         input_positions,
@@ -217,11 +252,12 @@ def advance_until_stop(
         num_generated.stride(0),
         stop_token_ids.stride(0),
         max_seq_lens.stride(0),
+        IN_PLACE=same_memory(input_tokens, sampled_token_ids),
     )
     for slot_mapping in further:
-        launch(
+        launch_rows(
             keep_slots_kernel,
-            grid,
+            num_rows,
             slot_mapping,
             status,
             num_rows,
