@@ -79,6 +79,7 @@ class Sampler:
     num_sampled: Tensor  # int64 [num_seqs]: tokens generated so far: the index of the next random number
     num_uncollected: Tensor  # int64 [num_seqs]: of these, since the host collected log-probabilities
     params: list[SamplingParams | None]  # of each row; None: padding
+    needs: list[Mode]  # of each row; padding rows and plain greedy ones need nothing, and their buffers are not read
     token_ids: list[list[int]]  # of each row with logits processors: all so far
     mode: Mode
     in_prompt: Tensor | None = None  # bool [num_seqs, vocab_size]
@@ -130,6 +131,7 @@ class Sampler:
             num_sampled=full(0, torch.int64),
             num_uncollected=full(0, torch.int64),
             params=[None] * num_seqs,
+            needs=[Mode()] * num_seqs,
             token_ids=[[] for _ in range(num_seqs)],
             mode=Mode(),
         )
@@ -144,41 +146,22 @@ class Sampler:
         """
         if params.logprobs is not None and params.logprobs > self.max_logprobs:
             raise ValueError(f"logprobs: expected logprobs <= {self.max_logprobs}, got {params.logprobs}")
-        self._allocate_for(needs := Mode.of(params))
-        self.temperature[row] = params.temperature or 1.0
-        self.greedy[row] = params.temperature == 0
-        self.outside[row] = max(self.vocab_size - params.top_k, 0) if params.top_k else 0
-        self.tail[row] = 1 - params.top_p if params.top_p < 1 else -1.0
-        self.min_p[row] = params.min_p
-        self.repetition[row] = params.repetition_penalty
-        self.presence[row] = params.presence_penalty
-        self.frequency[row] = params.frequency_penalty
-        self.min_new_tokens[row] = params.min_new_tokens
-        self.keys[row] = row_key(seed)
-        self.num_sampled[row] = len(tokens)
-        self.num_uncollected[row] = 0
-        if needs.penalties:
-            assert self.in_prompt is not None and self.output_counts is not None
-            self.in_prompt[row] = False
-            self.in_prompt[row].index_fill_(0, self._ids(prompt_ids), True)
-            self.output_counts[row] = 0
-            ids = self._ids(tokens)
-            self.output_counts[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
-        if needs.min_new_tokens:
-            assert self.ends is not None
-            self.ends[row] = False
-            self.ends[row].index_fill_(0, self._ids([*self.eos_token_ids, *params.stop_token_ids]), True)
-        self.params[row] = params
+        needs = Mode.of(params)
+        if needs != Mode() or self.needs[row] != Mode():
+            self._write(row, params, needs, seed, prompt_ids, tokens)
+        self.params[row], self.needs[row] = params, needs
         self.token_ids[row] = [*prompt_ids, *tokens] if needs.processors else []
         self._set_mode()
 
     def remove(self, row: int, last: int) -> None:
         """Drop `row`; the `last` live row moves into its place, so that the live rows come first."""
-        for name, buffer in vars(self).items():
-            if isinstance(buffer, Tensor):
-                buffer[row] = buffer[last]
-                buffer[last] = NEUTRAL.get(name, 0)
+        if self.needs[row] != Mode() or self.needs[last] != Mode():
+            for name, buffer in vars(self).items():
+                if isinstance(buffer, Tensor):
+                    buffer[row] = buffer[last]
+                    buffer[last] = NEUTRAL.get(name, 0)
         self.params[row], self.params[last] = self.params[last], None
+        self.needs[row], self.needs[last] = self.needs[last], Mode()
         self.token_ids[row], self.token_ids[last] = self.token_ids[last], []
         self._set_mode()
 
@@ -252,6 +235,35 @@ class Sampler:
             TokenLogprobs(v[0], list(zip(i[1:most], v[1:most], strict=True))) for v, i in zip(values, ids, strict=True)
         ]
 
+    def _write(
+        self, row: int, params: SamplingParams, needs: Mode, seed: int, prompt_ids: Sequence[int], tokens: Sequence[int]
+    ) -> None:
+        """Everything that a step reads of the row."""
+        self._allocate_for(needs)
+        self.temperature[row] = params.temperature or 1.0
+        self.greedy[row] = params.temperature == 0
+        self.outside[row] = max(self.vocab_size - params.top_k, 0) if params.top_k else 0
+        self.tail[row] = 1 - params.top_p if params.top_p < 1 else -1.0
+        self.min_p[row] = params.min_p
+        self.repetition[row] = params.repetition_penalty
+        self.presence[row] = params.presence_penalty
+        self.frequency[row] = params.frequency_penalty
+        self.min_new_tokens[row] = params.min_new_tokens
+        self.keys[row] = row_key(seed)
+        self.num_sampled[row] = len(tokens)
+        self.num_uncollected[row] = 0
+        if needs.penalties:
+            assert self.in_prompt is not None and self.output_counts is not None
+            self.in_prompt[row] = False
+            self.in_prompt[row].index_fill_(0, self._ids(prompt_ids), True)
+            self.output_counts[row] = 0
+            ids = self._ids(tokens)
+            self.output_counts[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        if needs.min_new_tokens:
+            assert self.ends is not None
+            self.ends[row] = False
+            self.ends[row].index_fill_(0, self._ids([*self.eos_token_ids, *params.stop_token_ids]), True)
+
     def _allocate_for(self, needs: Mode) -> None:
         """What only some modes use, when the first row comes that has one."""
         shape, device = (self.num_seqs, self.vocab_size), self.device
@@ -271,8 +283,7 @@ class Sampler:
         return torch.tensor([t for t in token_ids if t < self.vocab_size], dtype=torch.int64, device=self.device)
 
     def _set_mode(self) -> None:
-        needs = {Mode.of(params) for params in self.params if params is not None}
-        self.mode = Mode(*map(max, zip(*needs, strict=True)))
+        self.mode = Mode(*map(max, zip(*set(self.needs), strict=True)))
 
     def _process(self, scores: Tensor, rows: slice) -> Tensor:
         """Each row's own processors, one row after the other."""
