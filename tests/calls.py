@@ -78,6 +78,18 @@ def until_stop(rows: int = 6) -> dict[str, Any]:
     }
 
 
+def slot_mapping() -> dict[str, Any]:
+    """Requests of 3, 0, 20 and 1 tokens; 4 entries that pad the batch; positions and rows that no request has."""
+    positions = torch.cat([torch.arange(3), torch.arange(14, 34), torch.tensor([63]), torch.full((6,), 999)])
+    return {
+        "query_start_loc": torch.tensor([0, 3, 3, 23, 24], dtype=torch.int32),
+        "positions": positions,
+        "block_table": torch.arange(8 * 4).reshape(8, 4) + 50,
+        "slot_mapping": torch.arange(28) + 4000,
+        "block_size": 16,
+    }
+
+
 CALLS = {
     "npu_advance_step_flashattn": plain,
     "npu_advance_step_flashattn (speculative)": speculative,
@@ -85,6 +97,7 @@ CALLS = {
     "advance_step_flashinfer": flashinfer,
     "eagle_step_update_slot_mapping_and_metadata": eagle,
     "advance_until_stop": until_stop,
+    "compute_slot_mapping": slot_mapping,
 }
 
 

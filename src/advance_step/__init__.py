@@ -15,6 +15,7 @@ from advance_step.ops import (  # noqa: E402  (ops binds the operators that load
     advance_step_flashattn,
     advance_step_flashinfer,
     advance_until_stop,
+    compute_slot_mapping,
     eagle_step_update_slot_mapping_and_metadata,
     npu_advance_step_flashattn,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "advance_until_stop",
     "backend_info",
     "check_device",
+    "compute_slot_mapping",
     "eagle_step_update_slot_mapping_and_metadata",
     "npu_advance_step_flashattn",
     "warmup",

@@ -151,3 +151,53 @@ def check_until_stop_values(call: Call) -> None:
     if (at := first((call["status"] == 0) & (call["num_generated"] < 0))) is not None:
         got = f"{int(call['num_generated'][at])} in row {at[0]}"
         raise call.refusal("num_generated", "num_generated >= 0 in every running row", got)
+
+
+def check_slot_mapping_arguments(call: Call) -> None:
+    call.scalar("block_size", at_least=1)
+    call.scalar("cp_world_size", at_least=1)
+    call.scalar("cp_rank", at_least=0)
+    call.scalar("cp_interleave", at_least=1)
+    call.scalar("pad_slot", at_least=-(2**63))
+    block_size, world_size = call.sizes["block_size"], call.sizes["cp_world_size"]
+    expected = f"block_size * cp_world_size < 2**63 with block_size={block_size}"
+    call.demand("cp_world_size", block_size * world_size <= 2**63 - 1, expected)
+    call.demand(
+        "cp_rank", call.sizes["cp_rank"] < world_size, f"cp_rank < cp_world_size with cp_world_size={world_size}"
+    )
+    expected = f"a divisor of block_size with block_size={block_size}"
+    call.demand("cp_interleave", block_size % call.sizes["cp_interleave"] == 0, expected)
+    call.tensor("query_start_loc", INTS, "[R + 1]")
+    call.sizes["R"] = call.sizes["R + 1"] - 1
+    call.demand("query_start_loc", call.sizes["R"] >= 0, "[R + 1] with R >= 0")
+    call.tensor("positions", INTS, "[P]")
+    call.tensor("block_table", INTS, "[>= R, W]")
+    call.tensor("slot_mapping", INT64, "[M]")
+    call.one_device()
+
+
+def check_slot_mapping_values(call: Call) -> None:
+    starts, sizes = call["query_start_loc"], call.sizes
+    if (start := int(starts[0])) != 0:
+        raise call.refusal("query_start_loc", "0 first", start)
+    if (at := first(starts[1:] < starts[:-1])) is not None:
+        got = f"{int(starts[at])} and {int(starts[at[0] + 1])} in request {at[0]}"
+        raise call.refusal("query_start_loc", "query_start_loc[r] <= query_start_loc[r + 1] in every request r", got)
+    num_tokens = int(starts[-1])
+    for name, size in (("positions", "P"), ("slot_mapping", "M")):
+        if num_tokens > sizes[size]:
+            expected = f"query_start_loc[R] <= {size} with {name} [{size}], {size}={sizes[size]}"
+            raise call.refusal("query_start_loc", expected, num_tokens)
+    block_size, world_size, columns = sizes["block_size"], sizes["cp_world_size"], sizes["W"]
+    positions = call["positions"][:num_tokens].to(torch.int64)
+    bad = (positions < 0) | (positions > min(columns * block_size * world_size - 1, 2**63 - 1))
+    if (at := first(bad)) is not None:
+        request = int((starts <= at[0]).sum()) - 1
+        bound, known = "W * block_size", f"W={columns}, block_size={block_size}"
+        if world_size > 1:
+            bound, known = f"{bound} * cp_world_size", f"{known}, cp_world_size={world_size}"
+        expected = (
+            f"0 <= position < {bound} with block_table [{call['block_table'].size(0)}, W], {known} for every token"
+        )
+        got = f"position {int(positions[at])} for token {at[0]}, in request {request}"
+        raise call.refusal("positions", expected, got)

@@ -70,6 +70,14 @@ OPERATORS = [
         contracts.check_until_stop_values,
         same=[("input_tokens", "sampled_token_ids")],
     ),
+    Operator(
+        "compute_slot_mapping(Tensor query_start_loc, Tensor positions, Tensor block_table, Tensor(a!) slot_mapping, "
+        "SymInt block_size, *, SymInt cp_world_size=1, SymInt cp_rank=0, SymInt cp_interleave=1, "
+        "SymInt pad_slot=-1) -> ()",
+        reference.compute_slot_mapping_ref,
+        contracts.check_slot_mapping_arguments,
+        contracts.check_slot_mapping_values,
+    ),
 ]
 
 LIBRARY = torch.library.Library("advance_step", "DEF")

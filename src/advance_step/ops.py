@@ -30,6 +30,7 @@ _flashattn = torch.ops.advance_step.advance_step_flashattn.default
 _flashinfer = torch.ops.advance_step.advance_step_flashinfer.default
 _eagle = torch.ops.advance_step.eagle_step_update_slot_mapping_and_metadata.default
 _until_stop = torch.ops.advance_step.advance_until_stop.default
+_slot_mapping = torch.ops.advance_step.compute_slot_mapping.default
 
 
 def npu_advance_step_flashattn(
@@ -320,3 +321,65 @@ def advance_until_stop(
         )
     except (RuntimeError, ValueError) as error:
         raise explained(error, "advance_until_stop", locals()) from None
+
+
+def compute_slot_mapping(
+    query_start_loc: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    block_size: int,
+    *,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    pad_slot: int = -1,
+) -> None:
+    """The slots of any tokens of a batch: prefill, decode, or both in one step.
+
+    With ``N = query_start_loc[R]``, for each request r, each token t in
+    ``[query_start_loc[r], query_start_loc[r + 1])``, and p = positions[t]::
+
+        slot_mapping[t] = block_table[r, p // block_size] * block_size + p % block_size
+
+    and `pad_slot` for each further entry, t in [N, M), and for a token whose page id is negative.
+
+    Context parallel (cp_world_size > 1): the tokens of a sequence are dealt out over the ranks, `cp_interleave` at a
+    time, and a page holds block_size tokens on each rank. With ``v = block_size * cp_world_size`` and ``o = p % v``,
+    the page is ``block_table[r, p // v]``. A token with ``o // cp_interleave % cp_world_size == cp_rank`` lies in it at
+    ``o // (cp_world_size * cp_interleave) * cp_interleave + o % cp_interleave``; another rank's gets `pad_slot`.
+
+    Args:
+        query_start_loc: int32 or int64 [R + 1], read: where each request's tokens begin, and N. R may be 0.
+        positions: int32 or int64 [P], read: each token's index in its sequence. P >= N; what follows is not read.
+        block_table: int32 or int64 [>= R, W], any strides, read.
+        slot_mapping: int64 [M], M >= N, written.
+        block_size: tokens per page (on one rank), > 0.
+        cp_world_size: ranks that share the KV cache, > 0.
+        cp_rank: which of them this is, 0 to cp_world_size - 1.
+        cp_interleave: consecutive tokens of one rank; a divisor of block_size.
+        pad_slot: the slot of an entry that has none.
+
+    Raises:
+        ValueError, DtypeError: as the module says; and on the CPU for a query_start_loc that does not begin with 0,
+            falls, or passes P or M. On an accelerator a token that no request has gets `pad_slot` then.
+
+    Sharing: slot_mapping has memory of its own.
+    Source: vLLM's ``BlockTable.compute_slot_mapping`` (vllm/v1/worker/block_table.py).
+
+    Example:
+        >>> query_start_loc = torch.tensor([0, 3, 4])  # three tokens of a prompt, and one of a sequence that decodes
+        >>> positions = torch.tensor([3, 4, 5, 9])
+        >>> block_table = torch.tensor([[6, 1, 0], [3, 2, 7]])
+        >>> slots = torch.zeros(6, dtype=torch.int64)
+        >>> compute_slot_mapping(query_start_loc, positions, block_table, slots, 4)
+        >>> slots.tolist()
+        [27, 4, 5, 29, -1, -1]
+    """
+    try:
+        _slot_mapping(
+            query_start_loc, positions, block_table, slot_mapping, block_size, cp_world_size=cp_world_size,
+            cp_rank=cp_rank, cp_interleave=cp_interleave, pad_slot=pad_slot
+        )
+    except (RuntimeError, ValueError) as error:
+        raise explained(error, "compute_slot_mapping", locals()) from None

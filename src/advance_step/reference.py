@@ -224,3 +224,36 @@ def advance_until_stop_ref(
     for slot_mapping, slot in zip(slot_mappings, group_slots, strict=True):
         slot_mapping.copy_(torch.where(advanced, slot, pad_slot))
     status.copy_(torch.where(running, outcome, status))
+
+
+def compute_slot_mapping_ref(
+    query_start_loc: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    block_size: int,
+    *,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    pad_slot: int = PAD_SLOT,
+) -> None:
+    slot_mapping.fill_(pad_slot)
+    num_requests, columns = query_start_loc.size(0) - 1, block_table.size(1)
+    num_tokens = min(positions.size(0), slot_mapping.size(0))  # that can be a request's
+    if num_requests == 0 or columns == 0:
+        return
+    token = torch.arange(num_tokens, device=positions.device)
+    starts = query_start_loc.to(torch.int64).contiguous()
+    request = (torch.searchsorted(starts, token, right=True) - 1).clamp(0, num_requests - 1)
+    in_request = (token >= starts[request]) & (token < starts[request + 1])
+    position = positions[:num_tokens].to(torch.int64)
+    virtual_block_size = block_size * cp_world_size  # tokens of one page on all ranks together
+    column = position.div(virtual_block_size, rounding_mode="floor")
+    in_table = in_request & (column >= 0) & (column < columns)
+    page = block_table[request, column.clamp(0, columns - 1)].to(torch.int64)
+    offset = position % virtual_block_size
+    run = offset.div(cp_interleave, rounding_mode="floor")  # of cp_interleave tokens, which one rank has
+    local_offset = run.div(cp_world_size, rounding_mode="floor") * cp_interleave + offset % cp_interleave
+    has_slot = in_table & (page >= 0) & (run % cp_world_size == cp_rank)
+    slot_mapping[:num_tokens] = torch.where(has_slot, page * block_size + local_offset, pad_slot)

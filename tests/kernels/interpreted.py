@@ -312,3 +312,82 @@ def test_every_outcome_of_until_stop_is_among_the_cases():
         kernels.advance_until_stop(**call)
         seen |= set(zip(before.tolist(), call["status"].tolist(), strict=True))
     assert seen == {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (2, 2), (3, 3), (4, 4)}
+
+
+def slot_mapping(case: Case, requests: int, dtypes: Any, block_size: int | None = None) -> dict[str, Any]:
+    """Requests of no tokens, one and several; some positions have no slot. A third of the calls is context parallel."""
+    start, position, page = dtypes
+    counts = [case.random.choice([0, 1, 1, 2, 40]) for _ in range(requests)]
+    tokens = sum(counts)
+    starts = case.tensor(start, requests + 1)
+    starts.copy_(torch.tensor([0, *itertools.accumulate(counts)]))
+    columns, world_size = case.random.choice([0, 1, 2, 7]), case.random.choice([1, 1, 2, 3])
+    block_size = min(block_size or case.random.choice(BLOCK_SIZES), 2**63 // world_size - 1)
+    divisors = [n for n in (1, 2, 8, block_size) if block_size % n == 0]
+    positions = tokens + case.random.choice([0, 3])
+    return {
+        "query_start_loc": starts,
+        "positions": case.lengths(position, positions, columns * world_size, block_size),
+        "block_table": case.table(page, requests + case.random.choice([0, 2]), columns),
+        "slot_mapping": case.tensor(INT64, tokens + case.random.choice([0, 1, 130])),
+        "block_size": block_size,
+        "cp_world_size": world_size,
+        "cp_rank": case.random.randrange(world_size),
+        "cp_interleave": case.random.choice(divisors),
+        "pad_slot": case.random.choice([-1, 0, 2**40]),
+    }
+
+
+@pytest.mark.parametrize("requests", [0, 1, 3, 8, 33])
+@pytest.mark.parametrize("dtypes", mixes(3))
+def test_slot_mapping(requests, dtypes):
+    for seed in range(2):
+
+        def make(seed=seed):
+            case = Case((requests, dtypes, seed))
+            return case, slot_mapping(case, requests, dtypes)
+
+        compare("compute_slot_mapping", make)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("position", [INT32, INT64])
+def test_slot_mapping_block_sizes(block_size, position):
+    def make():
+        case = Case((block_size, position))
+        return case, slot_mapping(case, 9, (INT32, position, INT64), block_size)
+
+    compare("compute_slot_mapping", make)
+
+
+def test_slot_mapping_many_requests():
+    def make():
+        case = Case(0)
+        return case, slot_mapping(case, 257, (INT32, INT64, INT32), 16)
+
+    compare("compute_slot_mapping", make)
+
+
+@pytest.mark.parametrize("dtypes", mixes(3))
+def test_slot_mapping_of_a_broken_query_start_loc(dtypes):
+    """Of a token that several requests claim, or none, the slot is that of one that claims it, or the pad slot."""
+    for seed in range(3):
+        case = Case((dtypes, seed))
+        call = slot_mapping(case, 9, dtypes, 16) | {"cp_world_size": 1, "cp_rank": 0, "cp_interleave": 1}
+        case.spoil(call["query_start_loc"], LIMITS[dtypes[0]] + [0, 5, 1000], 0.4)
+        kernels.compute_slot_mapping(**call)
+        starts, positions, table = (call[name].tolist() for name in ("query_start_loc", "positions", "block_table"))
+        for token, slot in enumerate(call["slot_mapping"].tolist()):
+            allowed = {call["pad_slot"]}
+            for request, (begin, end) in enumerate(itertools.pairwise(starts)):
+                if begin <= token < end and token < len(positions):
+                    page = positions[token] // 16
+                    if 0 <= page < len(table[request]) and table[request][page] >= 0:
+                        allowed.add((table[request][page] * 16 + positions[token] % 16 + 2**63) % 2**64 - 2**63)
+            assert slot in allowed, (token, starts)
+        # Every other cell is as it was: another case of the same seed, with the slots put in.
+        twin = Case((dtypes, seed))
+        other = slot_mapping(twin, 9, dtypes, 16)
+        twin.spoil(other["query_start_loc"], LIMITS[dtypes[0]] + [0, 5, 1000], 0.4)
+        other["slot_mapping"].copy_(call["slot_mapping"])
+        assert all(map(torch.equal, case.buffers, twin.buffers))

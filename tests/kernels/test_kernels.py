@@ -36,6 +36,7 @@ MIXES = {  # how many mixes of dtypes each kernel has
     "until_stop_kernel": 2**5,
     "find_slots_kernel": 2**2,
     "keep_slots_kernel": 1,
+    "slot_mapping_kernel": 2**3,
 }
 
 
@@ -70,7 +71,8 @@ def test_serving_compiles_nothing_after_warmup(target):
     """Whatever the sizes, strides, alignments and values, the binaries are those of `warmup`."""
     with binaries(TARGETS[target]) as warmed:
         kernels.warmup("cpu")
-    for serve in (serve_plain, serve_speculative, serve_flashinfer, serve_eagle, serve_until_stop):
+    serves = (serve_plain, serve_speculative, serve_flashinfer, serve_eagle, serve_until_stop, serve_slot_mapping)
+    for serve in serves:
         with binaries(TARGETS[target]) as served:
             serve()
         assert served
@@ -192,4 +194,21 @@ def serve_until_stop() -> None:
             vector(INT64, [0, 1, 16][variant % 3], variant),
             vector(limit, rows, variant + 1),
             pad_slot=[-1, 0, 1, 16, -(2**63)][variant % 5],
+        )
+
+
+def serve_slot_mapping() -> None:
+    for (start, position, page), tokens, variant in swept(3):
+        requests = SIZES[variant % 5] - variant % 2
+        world_size = [1, 2, 16][variant % 3]
+        kernels.compute_slot_mapping(
+            vector(start, requests + 1, variant),
+            vector(position, tokens, variant + 1),
+            matrix(page, requests, [0, 1, 16, 33][variant % 4], variant),
+            vector(INT64, tokens + variant % 2, variant + 2),
+            BLOCK_SIZES[variant % 5],
+            cp_world_size=world_size,
+            cp_rank=world_size - 1,
+            cp_interleave=BLOCK_SIZES[variant % 5],
+            pad_slot=[-1, 0, 16, 2**40][variant % 4],
         )

@@ -9,6 +9,7 @@ import torch
 from advance_step.kernels.eagle import eagle_step_update_slot_mapping_and_metadata
 from advance_step.kernels.flashinfer import advance_step_flashinfer
 from advance_step.kernels.plain import advance_step_flashattn
+from advance_step.kernels.slot_mapping import compute_slot_mapping
 from advance_step.kernels.speculative import npu_advance_step_flashattn
 from advance_step.kernels.until_stop import advance_until_stop
 
@@ -54,6 +55,9 @@ def warmup(device: torch.device | str | int) -> None:
         eagle_step_update_slot_mapping_and_metadata(
             zeros(position, 1), zeros(page, 1, 1), zeros(length, 1), 1, 1, zeros(position, 1), longs()
         )
+
+    for start, position, page in itertools.product(INTS, repeat=3):
+        compute_slot_mapping(zeros(start, 2), zeros(position, 1), zeros(page, 1, 1), longs(), 1)
 
     for length, page, token, count, limit in itertools.product(INTS, repeat=5):
         for num_groups in (1, 2):  # the first group's kernel, and those of every further one
