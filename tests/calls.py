@@ -1,4 +1,4 @@
-"""One good call of each operator, as a dict of fresh arguments by name; the tests change what they need."""
+"""One good call of each operator, of any number of rows, as a dict of fresh arguments by name; tests change theirs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import advance_step
 INT64 = torch.int64
 
 
-def plain(rows: int = 8, live: int = 5, pages: int = 4, block_size: int = 16) -> dict[str, Any]:
+def plain(rows: int = 8, live: int | None = None, pages: int = 4, block_size: int = 16) -> dict[str, Any]:
+    live = rows * 5 // 8 if live is None else live
     return {
         "num_seqs": rows,
         "num_queries": live,
@@ -19,7 +20,7 @@ def plain(rows: int = 8, live: int = 5, pages: int = 4, block_size: int = 16) ->
         "input_tokens": torch.arange(rows) + 1000,
         "sampled_token_ids": torch.arange(live)[:, None] + 2000,
         "input_positions": torch.arange(rows) + 3000,
-        "seq_lens": torch.arange(rows) * 9 + 3,
+        "seq_lens": torch.arange(rows) % 6 * 9 + 3,
         "slot_mapping": torch.arange(rows) + 4000,
         "block_tables": torch.arange(rows * pages).reshape(rows, pages) + 50,
     }
@@ -27,20 +28,20 @@ def plain(rows: int = 8, live: int = 5, pages: int = 4, block_size: int = 16) ->
 
 def speculative(rows: int = 4, proposals: int = 2) -> dict[str, Any]:
     width = 1 + proposals
-    positions = torch.arange(rows)[:, None] * 7 + torch.arange(width)
+    positions = torch.arange(rows)[:, None] % 6 * 7 + torch.arange(width)
     return plain(rows, rows) | {
         "input_tokens": torch.arange(rows * width).reshape(rows, width) + 1000,
-        "sampled_token_ids": torch.tensor([[7, 8, 9], [7, 8, -1], [7, -1, -1], [7, -1, 9]])[:rows],
+        "sampled_token_ids": torch.tensor([[7, 8, 9], [7, 8, -1], [7, -1, -1], [7, -1, 9]]).repeat(rows, 1)[:rows],
         "input_positions": positions,
         "seq_lens": positions + 1,
         "slot_mapping": torch.arange(rows * width).reshape(rows, width) + 4000,
         "spec_token": torch.arange(rows * proposals).reshape(rows, proposals) + 5000,
-        "accepted_num": torch.tensor([2, 1, 0, 0])[:rows],
+        "accepted_num": torch.tensor([2, 1, 0, 0]).repeat(rows)[:rows],
     }
 
 
-def flashinfer(rows: int = 8, live: int = 5) -> dict[str, Any]:
-    return plain(rows, live) | {
+def flashinfer(rows: int = 8) -> dict[str, Any]:
+    return plain(rows) | {
         "paged_kv_indices": torch.zeros(rows * 4, dtype=torch.int32),
         "paged_kv_indptr": torch.zeros(rows + 1, dtype=torch.int32),
         "paged_kv_last_page_len": torch.zeros(rows, dtype=torch.int32),
@@ -70,7 +71,7 @@ def until_stop(rows: int = 6) -> dict[str, Any]:
         "slot_mappings": [torch.arange(rows) + 4000, torch.arange(rows) + 4500],
         "block_tables": [torch.arange(rows * 4).reshape(rows, 4), torch.arange(rows * 2).reshape(rows, 2)],
         "block_sizes": [16, 32],
-        "status": torch.tensor([0, 0, 0, 4, 0, 0], dtype=torch.int32)[:rows],
+        "status": torch.tensor([0, 0, 0, 4, 0, 0], dtype=torch.int32).repeat(rows)[:rows],
         "output_tokens": torch.zeros(rows, 8, dtype=INT64),
         "num_generated": torch.arange(rows),
         "stop_token_ids": torch.tensor([2001, 9]),
@@ -113,7 +114,7 @@ def operator(call: str) -> Any:
     return getattr(torch.ops.advance_step, name_of(call)).default
 
 
-def tensors(arguments: dict[str, Any]) -> list[torch.Tensor]:
-    """Every tensor of a call, those in lists too."""
+def tensors(arguments: dict[str, Any], kind: type = torch.Tensor) -> list[Any]:
+    """Every tensor (or what else is of `kind`) of a call, those in lists too."""
     flat = [item for value in arguments.values() for item in (value if isinstance(value, list) else [value])]
-    return [item for item in flat if isinstance(item, torch.Tensor)]
+    return [item for item in flat if isinstance(item, kind)]

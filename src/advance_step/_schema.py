@@ -26,12 +26,13 @@ class Operator(NamedTuple):
 
 
 STATE = "Tensor(a!) input_tokens, Tensor sampled_token_ids, Tensor(b!) input_positions, Tensor(c!) seq_lens"
-STEP = f"int num_seqs, int num_queries, int block_size, {STATE}, Tensor(d!) slot_mapping, Tensor block_tables"
+STEP = f"SymInt num_seqs, SymInt num_queries, SymInt block_size, {STATE}, Tensor(d!) slot_mapping, Tensor block_tables"
 
 OPERATORS = [
     Operator(
         f"npu_advance_step_flashattn({STATE}, Tensor(d!) slot_mapping, Tensor block_tables, "
-        "int num_seqs, int num_queries, int block_size, *, Tensor? spec_token=None, Tensor? accepted_num=None) -> ()",
+        "SymInt num_seqs, SymInt num_queries, SymInt block_size, *, "
+        "Tensor? spec_token=None, Tensor? accepted_num=None) -> ()",
         reference.npu_advance_step_flashattn_ref,
         contracts.check_npu_arguments,
         contracts.check_npu_values,
@@ -54,17 +55,17 @@ OPERATORS = [
     ),
     Operator(
         "eagle_step_update_slot_mapping_and_metadata(Tensor positions_1d, Tensor block_table_tensor, "
-        "Tensor(a!) seq_lens, int block_size, int max_model_len, Tensor(b!) out_clamped_positions, "
-        "Tensor(c!) out_slot_mapping, int? input_batch_size=None) -> ()",
+        "Tensor(a!) seq_lens, SymInt block_size, SymInt max_model_len, Tensor(b!) out_clamped_positions, "
+        "Tensor(c!) out_slot_mapping, SymInt? input_batch_size=None) -> ()",
         reference.eagle_step_update_slot_mapping_and_metadata_ref,
         contracts.check_eagle_arguments,
         None,
         same=[("out_clamped_positions", "positions_1d")],
     ),
     Operator(
-        f"advance_until_stop({STATE}, Tensor(d!)[] slot_mappings, Tensor[] block_tables, int[] block_sizes, "
+        f"advance_until_stop({STATE}, Tensor(d!)[] slot_mappings, Tensor[] block_tables, SymInt[] block_sizes, "
         "Tensor(e!) status, Tensor(f!) output_tokens, Tensor(g!) num_generated, "
-        "Tensor stop_token_ids, Tensor max_seq_lens, *, int pad_slot=-1) -> ()",
+        "Tensor stop_token_ids, Tensor max_seq_lens, *, SymInt pad_slot=-1) -> ()",
         reference.advance_until_stop_ref,
         contracts.check_until_stop_arguments,
         contracts.check_until_stop_values,
