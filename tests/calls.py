@@ -79,14 +79,15 @@ def until_stop(rows: int = 6) -> dict[str, Any]:
     }
 
 
-def slot_mapping() -> dict[str, Any]:
-    """Requests of 3, 0, 20 and 1 tokens; 4 entries that pad the batch; positions and rows that no request has."""
-    positions = torch.cat([torch.arange(3), torch.arange(14, 34), torch.tensor([63]), torch.full((6,), 999)])
+def slot_mapping(rows: int = 4) -> dict[str, Any]:
+    """Requests of 3, 0, 20 and 1 tokens (and again); 4 entries that pad the batch; positions and rows of no request."""
+    counts = ([3, 0, 20, 1] * rows)[:rows]
+    spans = [torch.arange(3), torch.arange(0), torch.arange(14, 34), torch.tensor([63])] * rows
     return {
-        "query_start_loc": torch.tensor([0, 3, 3, 23, 24], dtype=torch.int32),
-        "positions": positions,
-        "block_table": torch.arange(8 * 4).reshape(8, 4) + 50,
-        "slot_mapping": torch.arange(28) + 4000,
+        "query_start_loc": torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        "positions": torch.cat([*spans[:rows], torch.full((6,), 999)]),
+        "block_table": torch.arange((rows + 4) * 4).reshape(rows + 4, 4) + 50,
+        "slot_mapping": torch.arange(sum(counts) + 4) + 4000,
         "block_size": 16,
     }
 
