@@ -234,6 +234,62 @@ def test_backward(mode):
     same(grads[1], grads[0])
 
 
+VIEWS = {
+    "slice": lambda x: x[1:],
+    "transpose": lambda x: x.t(),
+    "view": lambda x: x.view(-1),
+    "chunk": lambda x: x.chunk(2)[1],
+    "unbind": lambda x: x.unbind()[1],
+    "detach": lambda x: x.detach(),
+    "in_place": lambda x: x.t_(),
+    "copy": lambda x: x * 2,
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_in_inference_mode_of_a_tensor_from_outside(name):
+    """As a model's weights are, that was moved before."""
+    with torch.inference_mode(False):
+        npu, cpu = torch.arange(6.0, device="npu").view(3, 2), torch.arange(6.0).view(3, 2)
+    with torch.inference_mode():
+        npu, cpu = VIEWS[name](npu), VIEWS[name](cpu)
+    same(npu, cpu)
+    assert npu.is_inference() == cpu.is_inference() == (name == "copy")
+
+
+SCALARS = {
+    "tensor": lambda a, n: torch.tensor([a[0], a[1]]),
+    "nested": lambda a, n: torch.tensor([[a[0], 2.0], [n[1], a[1]]]),
+    "on_npu": lambda a, n: torch.tensor([n[0], n[1]], device=a.device),
+    "as_tensor": lambda a, n: torch.as_tensor([a[0], a[1]]),
+    "new_tensor": lambda a, n: a.new_tensor([n[0], n[1]]),
+    "new_tensor_on_cpu": lambda a, n: torch.ones(1).new_tensor([n[0], a[1]]),
+    "LongTensor": lambda a, n: torch.LongTensor([n[0], n[1]]),
+    "FloatTensor": lambda a, n: torch.FloatTensor([a[0], a[1]]),
+    "Tensor": lambda a, n: torch.Tensor([a[0], a[1]]),
+    "stack": lambda a, n: torch.stack([a[0], a[1]]),
+    "size": lambda a, n: torch.zeros(n[3], n[2]),
+    "python": lambda a, n: torch.tensor([float(a[1]), int(n[2]), bool(n[0]), range(9)[n[3]]]),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_tensors_of_scalars(name):
+    a, n = torch.arange(4.0) / 3, torch.arange(4)
+    made, expected = SCALARS[name](a.npu(), n.npu()), SCALARS[name](a, n)
+    assert made.device.type == ("npu" if name in ("on_npu", "new_tensor", "stack") else "cpu")
+    same(made.npu(), expected)
+
+
+def test_data_is_no_version_of_the_tensor():
+    with torch.inference_mode(False):
+        x = torch.ones(2, device="npu", requires_grad=True)
+        y = (x * x).sum()
+        x.data.add_(1)
+        y.backward()
+        assert x.grad.tolist() == [4.0, 4.0]
+
+
 def test_default_device():
     with torch.device("npu"):
         assert torch.zeros(2).is_npu and torch.tensor([1]).is_npu and torch.nn.Linear(2, 2).weight.is_npu

@@ -31,9 +31,10 @@ def emulate(script, *args, cwd=None):
     return python("-c", RUN, script, *args, cwd=cwd)
 
 
-def test_the_device_and_the_operator_on_it():
-    suites = HERE / "emulated_device.py", HERE / "emulated_operator.py"
-    done = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *suites, cwd=ROOT)
+@pytest.mark.parametrize("suite", ["device", "operator", "modules", "processes"])
+def test_the_device(suite):
+    suite = HERE / f"emulated_{suite}.py"
+    done = python("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", suite, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
