@@ -101,6 +101,7 @@ def expected(tokenizer: Any, tokens: list[int], stop: list[str], least: int) -> 
 @given(texts(), STOP, st.integers(0, 5), st.integers(1, 7))
 @settings(deadline=None, max_examples=300)
 @example((TOKENIZERS["byte level"], [0xE2, 0x82, 0xAC] * 20 + [0xFF] * 60 + [0xE2, 0x82, 0xAC]), ["\ufffd€"], 3, 1)
+@example((TOKENIZERS["sentence piece"], [265, *[1] * 40, 265]), ["a a"], 0, 3)  # specials between words leave no trace
 def test_the_stop_is_where_a_search_in_the_whole_text_finds_it(text, stop, least, at_once):
     tokenizer, tokens = text
     stops = StopStrings(tokenizer, stop, least)
