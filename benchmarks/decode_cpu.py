@@ -25,8 +25,7 @@ import torch
 import transformers
 from report import machine, write
 
-from advance_step.decode.loop import Decoder
-from advance_step.decode.request import Request
+from advance_step.decode import Decoder, Request, SamplingParams
 from advance_step.generate.model import load_model
 from advance_step.generate.prompts import encode, read_prompts
 
@@ -74,19 +73,16 @@ def measured(rows: int, options: argparse.Namespace) -> tuple[dict[str, list[flo
 
 def paged(model: Any, prompts: list[list[int]], new_tokens: int, compile: bool) -> Run:
     """Our loop with a row for every prompt."""
-    longest = max(map(len, prompts)) + new_tokens
-    decoder = Decoder(
-        model,
-        batch_size=len(prompts),
-        block_size=BLOCK_SIZE,
-        max_seq_len=longest,
-        num_pages=len(prompts) * -(-longest // BLOCK_SIZE),
-        stop_token_ids=[],
-        compile=compile,
+
+    def requests() -> list[Request]:
+        return [Request(row, prompt, SamplingParams(max_new_tokens=new_tokens)) for row, prompt in enumerate(prompts)]
+
+    decoder = Decoder.for_requests(
+        model, requests(), batch_size=len(prompts), block_size=BLOCK_SIZE, share_prefixes=False, compile=compile
     )
 
     def run() -> list[float]:
-        steps = decoder.run([Request(row, prompt, new_tokens) for row, prompt in enumerate(prompts)])
+        steps = decoder.run(requests())
         next(steps)  # the prefill
         return seconds_between([time.perf_counter(), *(time.perf_counter() for _ in steps)])
 

@@ -1,10 +1,10 @@
 """Decoding on a GPU: the captured loop beside the same graphs fed by the host, and transformers' own generate.
 
-    python benchmarks/decode_gpu.py [--rows 1 8 16 32 64] [--prompt 128] [--new-tokens 128] [--window 8] [--quick]
+    python benchmarks/decode_gpu.py [--rows 1 8 16 32 64] [--prompt 128] [--new-tokens 128] [--steps-per-sync 8]
 
 A Llama of SmolLM2-135M's size with random weights in bfloat16, random prompts, greedy, without stop tokens.
 
-- "captured": our loop; a step is one graph of model, sampling and advance, and the host looks once per window.
+- "captured": our loop; a step is one graph of model, sampling and advance, and the host looks once per sync.
 - "host-rebuilt": the same graph without the advance; at each step the host waits for the tokens, makes the step's
   inputs as Python lists, and copies them from pinned memory into the graph's buffers, as nano-vllm prepares a step.
 - "generate": transformers, its default attention, left padding (here all prompts are equally long).
@@ -31,11 +31,8 @@ import transformers
 from report import gpu_slug, verdict, write
 
 from advance_step import backend_info
-from advance_step.decode import loop, paged_kernels
-from advance_step.decode.attention import PAGED
-from advance_step.decode.graphs import capture
-from advance_step.decode.loop import Decoder
-from advance_step.decode.request import Request
+from advance_step.decode import Decoder, Request, SamplingParams
+from advance_step.decode.steps import CapturedSteps, EagerSteps, Step
 
 BAR = 1.3  # captured / host-rebuilt, at 8 to 64 rows
 
@@ -53,14 +50,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 32, 64])
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--window", type=int, default=8)
+    parser.add_argument("--steps-per-sync", type=int, default=8)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 9, and no compiled columns")
     options = parser.parse_args()
     on_gpu = options.device != "cpu"
     if on_gpu and not torch.cuda.is_available():
         sys.exit("no GPU")
-    loop.PREFILL_TOKENS = max(options.rows) * options.prompt  # every row is there before the clock starts
     model = llama(layers=30 if on_gpu else 3).to(options.device)
     table: dict[int, dict[str, list[Run]]] = {}
     attention = ""
@@ -72,10 +68,10 @@ def main() -> None:
             if compile and (options.quick or not on_gpu):
                 continue
             torch._dynamo.reset()
-            decoder = decoder_for(model, prompts, options.new_tokens, options.window, compile)
+            decoder = decoder_for(model, prompts, options.new_tokens, options.steps_per_sync, compile)
             columns[f"captured{suffix}"] = captured(decoder, prompts, options.new_tokens)
-            decoder = decoder_for(model, prompts, options.new_tokens, options.window, compile)
-            columns[f"host-rebuilt{suffix}"] = host_rebuilt(decoder, prompts, options.new_tokens)
+            decoder = decoder_for(model, prompts, options.new_tokens, options.steps_per_sync, compile)
+            columns[f"host-rebuilt{suffix}"] = host_rebuilt(decoder, prompts, options.new_tokens, compile)
             attention = decoder.attention
         columns["generate"] = generate(model, prompts, options.new_tokens)
         for run in columns.values():  # captures, compiles, warms
@@ -90,8 +86,8 @@ def main() -> None:
     served = backend_info()["devices"]["cuda" if on_gpu else "cpu"]["executor"]
     title = f"Decoding on a GPU: {kind}, torch {torch.__version__}, transformers {transformers.__version__}"
     settings = (
-        f"{options.prompt} prompt tokens and {options.new_tokens} new ones a row, windows of {options.window} steps; "
-        f"attention by {attention}; operators served by {served}"
+        f"{options.prompt} prompt tokens and {options.new_tokens} new ones a row, "
+        f"{options.steps_per_sync} steps to a sync; attention by {attention}; operators served by {served}"
     )
     sections = {"Decoding": f"{settings}.\n\n{as_table(table)}", "Bars": bars(table)}
     if on_gpu:
@@ -119,18 +115,14 @@ def llama(layers: int) -> Any:
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
-def decoder_for(model: Any, prompts: list[list[int]], new_tokens: int, window: int, compile: bool) -> Decoder:
-    """A row for every prompt."""
-    longest = max(map(len, prompts)) + new_tokens
-    block_size = paged_kernels.default_block_size(model)
-    return Decoder(
+def decoder_for(model: Any, prompts: list[list[int]], new_tokens: int, steps_per_sync: int, compile: bool) -> Decoder:
+    """A row for every prompt, and all of them there before the clock starts."""
+    return Decoder.for_requests(
         model,
+        requests_for(prompts, new_tokens),
         batch_size=len(prompts),
-        block_size=block_size,
-        max_seq_len=longest,
-        num_pages=len(prompts) * -(-longest // block_size),
-        stop_token_ids=[],
-        window=window,
+        steps_per_sync=steps_per_sync,
+        max_num_batched_tokens=sum(map(len, prompts)),
         compile=compile,
     )
 
@@ -149,7 +141,7 @@ class Waiting:
 
 
 def requests_for(prompts: list[list[int]], new_tokens: int) -> list[Request]:
-    return [Request(row, prompt, new_tokens) for row, prompt in enumerate(prompts)]
+    return [Request(row, prompt, SamplingParams(max_new_tokens=new_tokens)) for row, prompt in enumerate(prompts)]
 
 
 def per_step(seconds: float, waiting: Waiting, requests: list[Request]) -> Run:
@@ -160,8 +152,8 @@ def per_step(seconds: float, waiting: Waiting, requests: list[Request]) -> Run:
 
 def captured(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Callable[[], Run]:
     """Our loop as it is; only the clock is added, around the host's look."""
-    waiting, look = Waiting(), decoder.state.look
-    decoder.state.look = lambda rows: waiting.on(look, rows)  # type: ignore[method-assign]
+    waiting, sync = Waiting(), decoder.batch.state.sync
+    decoder.batch.state.sync = lambda rows: waiting.on(sync, rows)  # type: ignore[method-assign]
 
     def run() -> Run:
         requests = requests_for(prompts, new_tokens)
@@ -178,52 +170,55 @@ def captured(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Cal
     return run
 
 
-def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int) -> Callable[[], Run]:
+class SampledStep(Step):
+    """A step that ends with the sampled tokens: what follows is the host's."""
+
+    def __call__(self, rows: int, pages: int) -> None:
+        self.sample(rows, pages)
+
+
+def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int, compile: bool) -> Callable[[], Run]:
     """The host makes every step's inputs from its own lists."""
-    state, device, block_size = decoder.state, decoder.model.device, decoder.cache.block_size
+    state, device, block_size = decoder.batch.state, decoder.model.device, decoder.block_size
     on_gpu, waiting = device.type == "cuda", Waiting()
+    step = SampledStep(decoder.model, decoder.cache, state, decoder.batch.sampler, decoder.batch.step.kernel)
+    ways = CapturedSteps(step, compile) if on_gpu else EagerSteps(step)
 
     def on_device(values: Any, dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.tensor(values, dtype=dtype, pin_memory=on_gpu)
         return tensor.to(device, non_blocking=True)
 
-    def rebuild(requests: list[Request]) -> None:
+    def rebuild(requests: list[Request], pages: list[list[int]]) -> None:
         """As nano-vllm's prepare_decode and what follows it."""
         tokens, positions, slots, lens = [], [], [], []
-        for request in requests:
+        for request, row_pages in zip(requests, pages, strict=True):
             length = request.seq_len
             tokens.append(request.tokens[-1])
             positions.append(length - 1)
             lens.append(length)
-            slots.append(request.pages[(length - 1) // block_size] * block_size + (length - 1) % block_size)
-        widest = max(len(request.pages) for request in requests)
-        spare = state.spare_page
-        tables = [request.pages + [spare] * (widest - len(request.pages)) for request in requests]
+            slots.append(row_pages[(length - 1) // block_size] * block_size + (length - 1) % block_size)
+        widest = max(map(len, pages))
+        tables = [row_pages + [decoder.cache.spare_page] * (widest - len(row_pages)) for row_pages in pages]
         rows = len(requests)
         state.input_tokens[:rows] = on_device(tokens, torch.int64)
         state.input_positions[:rows] = on_device(positions, torch.int64)
-        state.slot_mapping[:rows] = on_device(slots, torch.int64)
+        state.slot_mappings[0][:rows] = on_device(slots, torch.int64)
         state.seq_lens[:rows] = on_device(lens, torch.int32)
-        state.block_tables[:rows, :widest] = on_device(tables, torch.int32)
+        state.block_tables[0][:rows, :widest] = on_device(tables, torch.int32)
 
     @torch.inference_mode()
     def run() -> Run:
-        if on_gpu and decoder.graphs is None:
-            decoder.model.set_attn_implementation(PAGED)
-            decoder.graphs = capture(decoder._sample, *decoder._captured_sizes(), device)
         requests = requests_for(prompts, new_tokens)
         steps = decoder.run(requests)
         next(steps)  # the prefill
-        assert all(request.tokens for request in requests)
+        assert all(request.tokens for request in requests) and decoder.scheduler is not None
+        decoder.scheduler.reserve(new_tokens)
+        pages = [row.pages for row in decoder.scheduler.rows]
         waiting.seconds = 0.0
         begin = time.perf_counter()
         for _ in range(new_tokens - 1):
-            rebuild(requests)
-            rows, pages = decoder._sizes(1)
-            if decoder.graphs:
-                decoder.graphs.replay(rows, pages)
-            else:
-                decoder._sample(rows, pages)
+            rebuild(requests, pages)
+            ways.run(len(requests), -(-max(request.seq_len for request in requests) // block_size), 1)
             for request, token in zip(requests, waiting.on(state.sampled[: len(requests)].tolist), strict=True):
                 request.tokens.append(token)
         seconds = time.perf_counter() - begin

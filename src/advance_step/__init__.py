@@ -20,10 +20,12 @@ from advance_step.ops import (  # noqa: E402  (ops binds the operators that load
     npu_advance_step_flashattn,
 )
 from advance_step.reference import PAD_SLOT, RowStatus  # noqa: E402
+from advance_step.state import DecodeState  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "PAD_SLOT",
+    "DecodeState",
     "DtypeError",
     "RowStatus",
     "advance_step_flashattn",

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from advance_step.decode.loop import Decoder
-from advance_step.decode.request import Request
+from advance_step.decode import Decoder, Request, SamplingParams
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -44,7 +43,9 @@ def tiny_model(family: str) -> Any:
 
 
 def requests_for(prompts: list[list[int]], max_new_tokens: int) -> list[Request]:
-    return [Request(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts)]
+    return [
+        Request(number, prompt, SamplingParams(max_new_tokens=max_new_tokens)) for number, prompt in enumerate(prompts)
+    ]
 
 
 def decoder_for(model: Any, **options: Any) -> Decoder:

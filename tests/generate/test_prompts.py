@@ -55,7 +55,7 @@ def test_input_that_is_no_text_or_not_there(tmp_path):
 def test_what_is_written_is_what_is_kept(tmp_path):
     stream = io.StringIO()
     prompt = Prompt("x", "day\u2028 \u00e9")
-    write_result(stream, prompt, Request("x", [1], 2, tokens=[3, 4], finish_reason="stop"), "t\u2028\n")
+    write_result(stream, prompt, Request("x", [1], tokens=[3, 4], finish_reason="stop"), "t\u2028\n")
     line = {"id": "x", "prompt": prompt.text, "text": "t\u2028\n", "tokens": 2, "finish_reason": "stop"}
     assert json.loads(stream.getvalue()) == line
     path = write(tmp_path / "out.jsonl", stream.getvalue())

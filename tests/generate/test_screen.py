@@ -12,7 +12,7 @@ def test_text_grows_and_half_characters_wait(real):
     ids = tokenizer(text).input_ids
     written: list[str] = []
     stream = text_stream(tokenizer, written.append)
-    request = Request(1, [], len(ids))
+    request = Request(1, [])
     for token in ids:
         request.tokens.append(token)
         stream(request)
@@ -26,7 +26,7 @@ def test_what_was_held_back_comes_when_the_request_is_finished(real):
     half = tokenizer("\U0001f600").input_ids[:1]
     written: list[str] = []
     stream = text_stream(tokenizer, written.append)
-    request = Request(1, [], 1, tokens=half)
+    request = Request(1, [], tokens=half)
     stream(request)
     assert "".join(written) == ""
     request.finish_reason = "length"

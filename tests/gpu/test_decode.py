@@ -10,8 +10,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from test_attention import written_out
 from tiny_models import FAMILIES, decoder_for, generate, ragged_prompts, requests_for, run, tiny_model
 
-from advance_step.decode import paged_kernels
-from advance_step.decode.request import Request
+from advance_step.decode import Request, SamplingParams, paged_kernels
+from advance_step.decode.steps import CapturedSteps, EagerSteps
 
 PROMPTS = ragged_prompts()
 LENGTHS = [7, 1, 20, 3, 9, 2, 12]
@@ -24,52 +24,73 @@ def llama_tokens():
     return [generate(model, prompt, 20) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("window", [1, 8])
+@pytest.mark.parametrize("steps_per_sync", [1, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tokens_are_the_cpus(device, family, window, monkeypatch):
+def test_tokens_are_the_cpus(device, family, steps_per_sync):
     """float32, so that the likeliest token is the same; prompts of all lengths, more of them than rows."""
-    monkeypatch.setattr("advance_step.decode.loop.MIN_CAPTURED_TOKENS", 8)
     model = tiny_model(family)
-    requests = [Request(i, p, n) for i, (p, n) in enumerate(zip(PROMPTS, LENGTHS, strict=True))]
+    params = [SamplingParams(max_new_tokens=n) for n in LENGTHS]
+    requests = [Request(i, p, n) for i, (p, n) in enumerate(zip(PROMPTS, params, strict=True))]
     expected = [generate(model, p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)]
-    decoder = decoder_for(model.to(device), batch_size=3, block_size=4, window=window)
+    decoder = decoder_for(model.to(device), batch_size=3, block_size=4, steps_per_sync=steps_per_sync)
+    steps = decoder.batch.steps = CapturedSteps(decoder.batch.step, compile=False, min_tokens=8)
     assert run(decoder, requests) == expected
-    assert (decoder.graphs.rows, decoder.graphs.pages) == ([1, 2, 3], [2, 4, 8, 16])
+    assert (steps.rows, steps.pages) == ([1, 2, 3], [2, 4, 8, 16])
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.0, "repetition_penalty": 1.2}, {"logprobs": 2}],
+    ids=str,
+)
+def test_sampled_tokens_are_those_of_steps_that_are_not_captured(device, sampling):
+    """One set of graphs for each kind of sampling, captured in the middle of a run."""
+
+    def requests():
+        return [
+            Request(i, p, SamplingParams(max_new_tokens=20, seed=i, **(sampling if i % 2 else {})))
+            for i, p in enumerate(PROMPTS)
+        ]
+
+    model = tiny_model("llama").to(device)
+    eager = decoder_for(model, batch_size=3)
+    eager.batch.steps = EagerSteps(eager.batch.step)
+    assert run(decoder_for(model, batch_size=3, steps_per_sync=4), requests()) == run(eager, requests())
 
 
 def test_stop_tokens(device, llama_tokens):
     model = tiny_model("llama")
     stop = [llama_tokens[0][3], llama_tokens[3][0]]
     expected = [generate(model, prompt, 20, stop) for prompt in PROMPTS]
-    decoder = decoder_for(model.to(device), stop_token_ids=stop, window=8)
+    decoder = decoder_for(model.to(device), stop_token_ids=stop, steps_per_sync=8)
     assert run(decoder, requests_for(PROMPTS, 20)) == expected
 
 
 def test_compiled_steps(device, llama_tokens):
     torch._dynamo.reset()
-    decoder = decoder_for(tiny_model("llama").to(device), window=4, compile=True)
+    decoder = decoder_for(tiny_model("llama").to(device), steps_per_sync=4, compile=True)
     assert run(decoder, requests_for(PROMPTS, 20)) == llama_tokens
 
 
-def test_between_two_looks_the_host_neither_waits_nor_allocates(device):
-    decoder = decoder_for(tiny_model("llama").to(device), window=8)
+def test_between_two_syncs_the_host_neither_waits_nor_allocates(device):
+    decoder = decoder_for(tiny_model("llama").to(device), steps_per_sync=8)
     steps = decoder.run(requests_for(PROMPTS[:4], 20))
-    next(steps)  # captured, and the prompts are in
-    rows, pages = decoder._sizes(8)
+    next(steps)  # the prompts are in
+    decoder.batch.steps.run(4, 2, 1)  # captured
+    torch.cuda.synchronize()
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     torch.cuda._sleep(800_000_000)  # the device is busy for a while
     done = torch.cuda.Event()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(8):
-            decoder.graphs.replay(rows, pages)
+        decoder.batch.steps.run(4, 2, 7)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     done.record()
-    assert not done.query()  # all eight were launched before the first began
+    assert not done.query()  # all seven were launched before the first began
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    assert [len(tokens) for _, tokens in decoder.state.look(slice(4))] == [8] * 4
+    assert [len(tokens) for _, tokens in decoder.batch.state.sync()] == [8] * 4
 
 
 @pytest.mark.parametrize("kernel", [paged_kernels.flash_attn_pages, paged_kernels.varlen_pages])

@@ -1,1 +1,12 @@
-"""Paged decoding of Hugging Face causal LMs, each step advanced in place by `advance_until_stop`."""
+"""Decoding of Hugging Face causal LMs over a paged KV cache, each step advanced in place by the operators.
+
+`generate` takes prompts and returns texts; `Decoder` takes requests, as they come, and gives them back as they finish.
+"""
+
+from advance_step.decode.generate import Completion, generate
+from advance_step.decode.loop import Decoder
+from advance_step.decode.request import Figures, Request
+from advance_step.decode.sampling import TokenLogprobs
+from advance_step.decode.sampling_params import SamplingParams
+
+__all__ = ["Completion", "Decoder", "Figures", "Request", "SamplingParams", "TokenLogprobs", "generate"]

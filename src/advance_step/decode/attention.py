@@ -60,6 +60,8 @@ class Prefill:
     cache: PagedKVCache
     write_index: Tensor
     lengths: list[int]
+    contexts: list[int]
+    block_tables: Tensor
     layers: set[int] = field(default_factory=set)  # those that came here for attention
 
 
@@ -121,7 +123,7 @@ def paged_attention(
     paged.cache.write(layer, paged.write_index, key, value)
     if isinstance(paged, Prefill):
         paged.layers.add(layer)
-        return _prefill(query, key, value, paged.lengths, scaling, sliding_window, softcap), None
+        return _shim(paged, layer, query, key, value, scaling, sliding_window, softcap), None
 
     if paged.kernel is not None:
         keys, values = paged.cache.pages(layer)
@@ -135,9 +137,18 @@ def _gathered(
     query: Tensor, layer: int, step: DecodeStep, scaling: float, sliding_window: int | None, softcap: float | None
 ) -> Tensor:
     """Attention of one token a row to all pages in its table's columns, copied one after the other."""
-    rows, heads, _, head_dim = query.shape
+    rows, heads, T, head_dim = query.shape
     assert step.read_index is not None
     keys, values = step.cache.read(layer, step.read_index, rows)
+    if T > 1:
+        g = heads // keys.shape[1]
+        keys, values = keys.repeat_interleave(g, 1), values.repeat_interleave(g, 1)
+        mask = _additive(
+            _visible(step.input_positions[:, :, None], torch.arange(keys.shape[2]), sliding_window), query.dtype
+        )[:, None]
+        return _matmul_attention(query, keys, values, mask, scaling, softcap).transpose(1, 2)
+    if step.input_positions.dim() == 2:
+        step.input_positions = step.input_positions[:, 0]
     kv_heads, length = keys.shape[1:3]
     mask = step.mask(length, sliding_window, query.dtype)
     grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)  # heads that share keys attend as one
@@ -147,6 +158,21 @@ def _gathered(
     else:
         out = _matmul_attention(grouped, keys, values, mask, scaling, softcap)
     return out.reshape(rows, 1, heads, head_dim)
+
+
+def _shim(paged, layer, query, key, value, scaling, sliding_window, softcap):
+    out = []
+    ends = torch.tensor(paged.lengths).cumsum(0).tolist()
+    for i, (n, c, e) in enumerate(zip(paged.lengths, paged.contexts, ends)):
+        q = query[:, :, e - n : e]
+        pages = -(-(n + c) // paged.cache.block_size)
+        k, v = paged.cache.read(layer, paged.cache.read_index(paged.block_tables[i : i + 1, :pages]), 1)
+        k, v = k[:, :, : n + c], v[:, :, : n + c]
+        g = query.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
+        mask = _additive(_visible(torch.arange(c, c + n)[:, None], torch.arange(c + n), sliding_window), q.dtype)
+        out.append(_matmul_attention(q, k, v, mask, scaling, softcap).transpose(1, 2))
+    return torch.cat(out, 1)
 
 
 def _prefill(
@@ -198,3 +224,21 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 AttentionInterface.register(PAGED, paged_attention)
+
+
+def layouts_of(model):
+    c = model.config.get_text_config()
+    return (c.num_hidden_layers, getattr(c, "num_key_value_heads", None) or c.num_attention_heads, head_dim_of(c))
+
+
+import contextlib
+
+
+@contextlib.contextmanager
+def paged(model):
+    before = model.config._attn_implementation
+    model.set_attn_implementation(PAGED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

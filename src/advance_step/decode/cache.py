@@ -38,15 +38,14 @@ class PagedKVCache:
     @classmethod
     def allocate(
         cls,
-        num_layers: int,
+        layouts,
         num_pages: int,
-        kv_heads: int,
         block_size: int,
-        head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "PagedKVCache":
         """A cache of zeros: a page that was never written may be read (masked), and must not hold a NaN."""
+        num_layers, kv_heads, head_dim = layouts
         shape = (num_pages + 1, 2, kv_heads, block_size, head_dim)
         return cls([torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)])
 

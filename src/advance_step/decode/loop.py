@@ -1,56 +1,58 @@
-"""The decode loop: prompts come in as rows get free, and every step is advanced in place on the device.
+"""The decode loop: requests come in as rows get free, and every step is advanced in place on the device.
 
-The host looks at the rows once per window of steps. Between two looks it neither reads nor writes anything: each step
-runs the model, samples, and turns every row to its next token by `advance_until_stop`, which also knows which rows are
-done. On a GPU such a step is one CUDA graph.
+The host looks at the rows once per sync. Between two syncs it neither reads nor writes anything: each step runs the
+model, samples, and turns every row to its next token by `advance_until_stop`, which also knows which rows are done.
+On a GPU such a step is one CUDA graph.
 """
 
+from __future__ import annotations
+
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from advance_step import RowStatus
 from advance_step.decode import paged_kernels
-from advance_step.decode.attention import PAGED, DecodeStep, Prefill, check_model
-from advance_step.decode.cache import PagedKVCache, head_dim_of
-from advance_step.decode.graphs import StepGraphs, capture, doubling
+from advance_step.decode.attention import check_model, layouts_of, paged
+from advance_step.decode.batch import Batch
+from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.collect import Collector
+from advance_step.decode.drafts import DraftBatch
 from advance_step.decode.pages import PagePool
+from advance_step.decode.prefill import prefill
 from advance_step.decode.request import Figures, Request
-from advance_step.decode.state import BatchState
+from advance_step.decode.sampling import Sampler
+from advance_step.decode.scheduler import Chunk, Scheduler
 from advance_step.errors import CHECK_VALUES
 
-# Prompts are prefilled together up to this many tokens: enough to fill the matmuls, bounded in memory.
-PREFILL_TOKENS = 4096
+# Tokens of a prefill pass: enough to fill the matmuls, bounded in memory.
+MAX_NUM_BATCHED_TOKENS = 4096
 
-# The compiler takes sizes 0 and 1 for constants, so a table whose width shall vary never has one column.
-MIN_PAGES = 2
-
-# Tokens in the narrowest tables that a step is captured for, where the graph's width is what every row costs.
-MIN_CAPTURED_TOKENS = 128
-
-FINISH_REASON = {RowStatus.STOPPED: "stop", RowStatus.LENGTH: "length"}
+# The most of SamplingParams.logprobs: what a batch notes of each token.
+MAX_LOGPROBS = 20
 
 
 class Decoder:
-    """Greedy decoding of requests in a batch of `batch_size` rows over a paged KV cache.
+    """Decoding of requests in a batch of `batch_size` rows over a paged KV cache.
 
-    model: a transformers causal LM; `run` puts it on the paged attention function. On a GPU the decode step is
-        captured in CUDA graphs, when the first run begins.
+    model: a transformers causal LM, in eval mode.
+    batch_size: rows that decode together, at most.
+    block_size: tokens in a page.
     max_seq_len: prompt and new tokens together that a request may have.
-    num_pages: pages of the cache. A request is admitted when there are pages for all that it may become, so that
-        an admitted one never waits; `pages_for` counts what keeps every row busy.
-    stop_token_ids: a row that samples one of them is finished; the token is kept.
-    window: steps between two looks of the host. A row that is done within a window stands still until its end.
+    num_pages: pages of the cache. Rows are given pages as they grow; where too few are left, the youngest rows wait and
+        are computed again later. One request at its longest must fit.
+    stop_token_ids: the tokens that end a text, the model's own; a row that samples one is finished, and keeps it.
+    tokenizer: only for requests with stop strings.
+    steps_per_sync: steps between two looks of the host. A row that is done stands still until the sync.
+    max_num_batched_tokens: tokens of a prefill pass, at most; longer prompts are computed in pieces.
+    share_prefixes: compute full pages that prompts have in common once.
+    draft_tokens: that many proposals for the next tokens, looked up in the row's own text, are verified in each step.
+        The tokens are the same without; steps_per_sync must then be 1.
     compile: compile the model's part of the step, once: when the first step runs, or when it is captured.
 
-    A step runs in one of three ways: eagerly on the live rows; compiled, on a CPU, on all rows; or replayed from the
-    graph of the next larger size, compiled before it was captured or not.
-
-    Raises ValueError for a model that cannot be decoded so (`check_model`), and for a window below 1.
+    Raises ValueError for a model that cannot be decoded so (`check_model`), and for settings that are out of range.
+    `for_requests` takes the sizes from a list of requests.
     """
 
     def __init__(
@@ -61,228 +63,224 @@ class Decoder:
         block_size: int,
         max_seq_len: int,
         num_pages: int,
-        stop_token_ids: Iterable[int],
-        window: int = 1,
+        stop_token_ids: Iterable[int] = (),
+        tokenizer: Any | None = None,
+        steps_per_sync: int = 1,
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+        share_prefixes: bool = True,
+        draft_tokens: int = 0,
         compile: bool = False,
     ) -> None:
+        for name, value, least in [
+            ("batch_size", batch_size, 1),
+            ("block_size", block_size, 1),
+            ("max_seq_len", max_seq_len, 2),
+            ("num_pages", num_pages, 1),
+            ("steps_per_sync", steps_per_sync, 1),
+            ("max_num_batched_tokens", max_num_batched_tokens, 1),
+            ("draft_tokens", draft_tokens, 0),
+        ]:
+            if value < least:
+                raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
+        if draft_tokens and (steps_per_sync > 1 or compile):
+            raise ValueError("draft_tokens: expected 0 with steps_per_sync > 1 or compile: drafts are made by the host")
         check_model(model)
-        if window < 1:
-            raise ValueError(f"window: expected window >= 1, got {window}")
-        config = model.config.get_text_config()
-        max_pages = max(-(-max_seq_len // block_size), MIN_PAGES)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.model = model
-        self.window = window
+        self.block_size = block_size
+        self.batch_size = batch_size
         self.max_seq_len = max_seq_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.share_prefixes = share_prefixes
+        self.steps_per_sync = steps_per_sync
+        self.draft_tokens = draft_tokens
+        self.collector = Collector(stop_token_ids, tokenizer)
         self.pool = PagePool(range(num_pages))
-        self.cache = PagedKVCache.allocate(
-            config.num_hidden_layers, num_pages, kv_heads, block_size, head_dim_of(config), model.dtype, model.device
-        )
-        # One column more than is ever read: a view of all columns is contiguous, which would recompile the step.
-        self.state = BatchState.allocate(
-            batch_size, max_pages + 1, window, list(stop_token_ids), block_size, self.cache.spare_page, model.device
-        )
-        self.rows: list[Request] = []  # request of each live row
+        self.cache = PagedKVCache.allocate(layouts_of(model), num_pages, block_size, model.dtype, model.device)
         self.figures = Figures()
-        self.kernel = paged_kernels.find(model, block_size)
-        self.captured = model.device.type == "cuda" and not CHECK_VALUES  # a check waits for the device
-        self.graphs: StepGraphs | None = None
-        self.compiled = compile
-        # A step that is compiled and not captured runs the padding rows too, so that one binary serves every step.
-        self.static_rows = compile and not self.captured
-        self.forward = self._compile() if compile else self._forward
+        self.scheduler: Scheduler | None = None
+        kernel = paged_kernels.find(model, block_size)
+        self.attention = kernel.name if kernel else "torch over gathered pages"
+        # A check of values waits for the device, so that its step cannot be captured.
+        self.captured = model.device.type == "cuda" and not CHECK_VALUES and not draft_tokens
+        sampler = Sampler.allocate(
+            batch_size,
+            model.config.get_text_config().vocab_size,
+            model.device,
+            max_logprobs=MAX_LOGPROBS,
+            steps=max(steps_per_sync, 1 + draft_tokens),
+            eos_token_ids=self.collector.stop_token_ids,
+        )
+        if draft_tokens:
+            self.batch: Batch | DraftBatch = DraftBatch(
+                model,
+                self.cache,
+                sampler,
+                batch_size=batch_size,
+                max_seq_len=max_seq_len,
+                draft_tokens=draft_tokens,
+                figures=self.figures,
+            )
+        else:
+            self.batch = Batch(
+                model,
+                self.cache,
+                sampler,
+                batch_size=batch_size,
+                max_seq_len=max_seq_len,
+                steps_per_sync=steps_per_sync,
+                num_stop_tokens=max(8, len(self.collector.stop_token_ids)),
+                kernel=kernel,
+                capture=self.captured,
+                compile=compile,
+            )
+
+    @classmethod
+    def for_requests(
+        cls,
+        model: Any,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 8,
+        block_size: int | None = None,
+        **options: Any,
+    ) -> Decoder:
+        """A decoder with rows and pages for these requests, and no more; `options` as the class has them.
+
+        ValueError if there is no request.
+        """
+        if not requests:
+            raise ValueError("requests: expected at least one, got none")
+        size = block_size or paged_kernels.default_block_size(model)
+        rows = min(batch_size, len(requests))
+        largest = sorted((request.pages_needed(size) for request in requests), reverse=True)
+        sizes = {
+            "batch_size": rows,
+            "block_size": size,
+            "max_seq_len": max(request.max_seq_len for request in requests),
+            "num_pages": sum(largest[:rows]),
+        }
+        return cls(model, **sizes | options)
 
     @property
-    def attention(self) -> str:
-        """What attends to the pages in a decode step."""
-        return self.kernel.name if self.kernel else "torch over gathered pages"
+    def num_rows(self) -> int:
+        """Live rows."""
+        return len(self.scheduler.rows) if self.scheduler else 0
+
+    def check(self, request: Request) -> None:
+        """ValueError for a request that this decoder cannot take, naming it and why."""
+
+        def refuse(expected: str, got: object) -> None:
+            raise ValueError(f"request {request.id!r}: expected {expected}, got {got}")
+
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if not request.prompt_ids:
+            refuse("a prompt", "no token")
+        if not all(0 <= token < vocabulary for token in request.prompt_ids):
+            refuse(f"token ids in [0, {vocabulary})", next(t for t in request.prompt_ids if not 0 <= t < vocabulary))
+        if request.max_seq_len > self.max_seq_len:
+            got = f"{len(request.prompt_ids)} and {request.sampling.max_new_tokens}"
+            refuse(f"a prompt and new tokens of at most {self.max_seq_len} together", got)
+        if request.pages_needed(self.block_size) > self.pool.size:
+            refuse(f"at most {self.pool.size} pages, all that there are", request.pages_needed(self.block_size))
+        if request.sampling.stop and self.collector.tokenizer is None:
+            refuse("no stop strings without a tokenizer", request.sampling.stop)
+        if (request.sampling.logprobs or 0) > MAX_LOGPROBS:
+            refuse(f"logprobs <= {MAX_LOGPROBS}", request.sampling.logprobs)
+        if request.tokens or request.finish_reason:
+            refuse("a request that has not been decoded", f"one with {len(request.tokens)} tokens")
 
     @torch.inference_mode()
     def run(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Decode all requests; yields after each prefill and each window the requests that it finished (often none).
+        """Decode all requests; yields after each prefill pass and each sync the requests that it finished (often none).
 
-        Raises ValueError for a request that is empty or longer than max_seq_len, RuntimeError for one that needs more
-        pages than there are. A run that is not carried to its end gives up the rows that it has.
+        The requests are drawn one at a time, as rows get free. Raises ValueError for one that `check` refuses, when it
+        is drawn, and RuntimeError while another run of this decoder is under way. A run that is not carried to its end
+        gives up the rows that it has. Until then the model attends through the paged cache, and through nothing else.
         """
-        waiting = deque(requests)
-        for request in waiting:
-            self._check(request)
-        self.model.set_attn_implementation(PAGED)
-        if self.captured and self.graphs is None:
-            self._capture()
+        if self.scheduler is not None:
+            raise RuntimeError("run: expected one run at a time, got another one of this decoder")
+        scheduler = self.scheduler = Scheduler(
+            self._checked(requests),
+            self.pool,
+            block_size=self.block_size,
+            batch_size=self.batch_size,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            share_prefixes=self.share_prefixes,
+        )
+        whole = False  # whether the pages hold what they are said to hold
         try:
-            while waiting or self.rows:
-                while self._can_admit(waiting):
-                    yield self._prefill(waiting)
-                if self.rows:
-                    yield self._decode()
+            with paged(self.model):
+                while True:
+                    whole = False
+                    chunks = scheduler.prefill()
+                    if not chunks and not scheduler.rows:
+                        whole = True
+                        return
+                    finished = self._prefill(scheduler, chunks) if chunks else self._decode(scheduler)
+                    whole = True
+                    yield finished
         finally:
-            for row in reversed(range(len(self.rows))):
-                self._remove(row)
+            for index in reversed(range(self.batch.num_rows)):
+                self.batch.remove(index)
+            for row in (*scheduler.rows, *scheduler.waiting):
+                self.collector.forget(row.request)
+            scheduler.give_up()
+            if not whole:
+                self.pool.forget_all()
+            self.scheduler = None
 
-    def _check(self, request: Request) -> None:
-        prompt, new, most = len(request.prompt_ids), request.max_new_tokens, self.max_seq_len
-        if not (prompt >= 1 and new >= 1 and prompt + new <= most):
-            expected = f"expected a prompt and new tokens, {most} together at most"
-            raise ValueError(f"request {request.id!r}: {expected}, got {prompt} and {new}")
+    def _checked(self, requests: Iterable[Request]) -> Iterator[Request]:
+        for request in requests:
+            self.check(request)
+            scheduler = self.scheduler
+            assert scheduler is not None
+            if any(row.request is request for row in (*scheduler.rows, *scheduler.prefilling)):
+                raise ValueError(f"request {request.id!r}: expected each request once, got it twice")
+            yield request
 
-    def _can_admit(self, waiting: deque[Request]) -> bool:
-        """Whether there is a row, and there are pages, for the next prompt; where no row is live, take() says."""
-        if not waiting or len(self.rows) == len(self.state.sampled):
-            return False
-        return not self.rows or waiting[0].pages_needed(self.cache.block_size) <= len(self.pool.free)
-
-    def _prefill(self, waiting: deque[Request]) -> list[Request]:
-        """Admit prompts to the free rows, compute their keys and values, and sample their first tokens."""
-        first, tokens, block_size = len(self.rows), 0, self.cache.block_size
-        while self._can_admit(waiting):
-            request = waiting[0]
-            if tokens and tokens + len(request.prompt_ids) > PREFILL_TOKENS:
-                break
-            request.pages = self.pool.take(request.pages_needed(block_size))
-            self.state.admit(len(self.rows), len(request.prompt_ids), request.max_seq_len, request.pages)
-            self.rows.append(waiting.popleft())
-            tokens += len(request.prompt_ids)
-
+    def _prefill(self, scheduler: Scheduler, chunks: list[Chunk]) -> list[Request]:
+        """A pass over pieces of prompts; rows of which it was the last become live, with their first tokens."""
         begin = time.perf_counter()
-        admitted = self.rows[first:]
-        lengths = [len(request.prompt_ids) for request in admitted]
-        slots = [
-            r.pages[p // block_size] * block_size + p % block_size for r in admitted for p in range(len(r.prompt_ids))
-        ]
-        device = self.state.sampled.device
-        write_index = self.cache.write_index(torch.tensor(slots, device=device))
-        paged = Prefill(self.cache, write_index, lengths)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1  # the last token of each prompt
-        logits = self.model(
-            input_ids=torch.tensor([[t for r in admitted for t in r.prompt_ids]], device=device),  # [1, tokens]
-            position_ids=torch.tensor([[p for n in lengths for p in range(n)]], device=device),
-            use_cache=False,
-            logits_to_keep=ends,
-            paged=paged,
-        ).logits  # [1, admitted, vocabulary]
-        if len(paged.layers) != len(self.cache.layers):  # a layer that keeps its state elsewhere would go wrong later
-            raise ValueError(
-                f"model: expected {len(self.cache.layers)} layers to attend over pages, got {len(paged.layers)}"
-            )
-        self.state.sampled[first : len(self.rows)] = _greedy(logits[0])
-        self.state.advance(slice(first, len(self.rows)))
-        finished = self._collect(first)
+        logits = prefill(self.model, self.cache, chunks)
+        first = self.batch.num_rows
+        rows = scheduler.rows[first:]
+        stops = [self.collector.stops(row.request) for row in rows]
+        finished = self._collect(scheduler, first, self.batch.admit(rows, stops, logits)) if rows else []
+        self.figures.prefill_tokens += sum(chunk.length for chunk in chunks)
+        self.figures.shared_tokens = scheduler.shared_tokens
         self.figures.prefill_seconds += time.perf_counter() - begin
         return finished
 
-    def _decode(self) -> list[Request]:
-        """A window of steps, and then the host's look."""
+    def _decode(self, scheduler: Scheduler) -> list[Request]:
+        """Pages for the steps until the next sync, the steps, and the host's look."""
         begin = time.perf_counter()
-        steps = min(self.window, max(request.max_seq_len - request.seq_len for request in self.rows))
-        rows, pages = self._sizes(steps)
-        for _ in range(steps):
-            if self.graphs:
-                self.graphs.replay(rows, pages)
-            else:
-                self._step(rows, pages)
-        finished = self._collect(0)
-        self.figures.steps += steps
+        left = max(row.request.max_seq_len - row.request.seq_len for row in scheduler.rows)
+        ahead = min(self.steps_per_sync, left) if not self.draft_tokens else 1 + self.draft_tokens
+        growth = scheduler.reserve(ahead)
+        for index in growth.preempted:
+            self.batch.remove(index)
+        for index, pages in growth.pages.items():
+            self.batch.grow(index, scheduler.rows[index], pages)
+        self.figures.preemptions += len(growth.preempted)
+        longest = max(min(row.request.seq_len + ahead - 1, row.request.max_seq_len - 1) for row in scheduler.rows)
+        finished = self._collect(scheduler, 0, self.batch.decode(-(-longest // self.block_size), ahead))
+        self.figures.steps += 1 if self.draft_tokens else ahead
         self.figures.decode_seconds += time.perf_counter() - begin
+        self.figures.advance_seconds = self.batch.advance_seconds
         return finished
 
-    def _sizes(self, steps: int) -> tuple[int, int]:
-        """Rows and columns of their tables that so many steps need; known here without asking the device."""
-        live = len(self.rows)
-        longest = max(min(request.seq_len + steps, request.max_seq_len) for request in self.rows) - 1
-        pages = -(-longest // self.cache.block_size)
-        if self.graphs:
-            return self.graphs.fit(live, pages)
-        return (len(self.state.sampled), max(pages, MIN_PAGES)) if self.static_rows else (live, pages)
-
-    def _step(self, rows: int, pages: int) -> None:
-        """Run the model on the rows, sample, and advance; only device work, so that it can be captured."""
-        self._sample(rows, pages)
-        begin = time.perf_counter()
-        self.state.advance(slice(rows))
-        self.figures.advance_seconds += time.perf_counter() - begin
-
-    def _sample(self, rows: int, pages: int) -> None:
-        """Run the model on the rows as the state has them, and sample the next token of each."""
-        state = self.state
-        inputs = [
-            state.input_tokens[:rows],
-            state.input_positions[:rows],
-            state.slot_mapping[:rows],
-            state.seq_lens[:rows],
-            state.block_tables[:rows, :pages],
-        ]
-        if self.compiled:
-            self._mark_sizes(inputs)
-        state.sampled[:rows] = self.forward(*inputs)
-
-    def _forward(
-        self,
-        input_tokens: Tensor,
-        input_positions: Tensor,
-        slot_mapping: Tensor,
-        seq_lens: Tensor,
-        block_tables: Tensor,
-    ) -> Tensor:
-        """The next token of each row [rows]."""
-        write_index = self.cache.write_index(slot_mapping)
-        read_index = None if self.kernel else self.cache.read_index(block_tables)
-        paged = DecodeStep(self.cache, write_index, block_tables, input_positions, seq_lens, self.kernel, read_index)
-        logits = self.model(
-            input_ids=input_tokens[:, None], position_ids=input_positions[:, None], use_cache=False, paged=paged
-        ).logits  # [rows, 1, vocabulary]
-        return _greedy(logits[:, 0])
-
-    def _compile(self) -> Callable[..., Tensor]:
-        if self.captured:
-            return torch.compile(self._forward)  # not fullgraph: the compiler does not know flash-attn's functions
-        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU. Set
-        # around the call, where the compiler runs: torch.compile's options reach a part of it that is too late.
-        return torch._inductor.config.patch(freezing=True)(torch.compile(self._forward, fullgraph=True))
-
-    def _mark_sizes(self, inputs: list[Tensor]) -> None:
-        """Tell the compiler which sizes vary from step to step, so that it compiles once for all."""
-        if not self.kernel:
-            torch._dynamo.mark_dynamic(inputs[-1], 1)
-        if not self.static_rows:
-            for tensor in inputs:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-    def _capture(self) -> None:
-        """Capture the step for batches of 1, 2, 4, ... rows; wherever pages are gathered, for growing tables too."""
-        self.graphs = capture(self._step, *self._captured_sizes(), self.model.device)  # of padding: nothing changes
-        self.figures.advance_seconds = 0.0  # the parts of a replayed step cannot be told apart here
-
-    def _captured_sizes(self) -> tuple[list[int], list[int]]:
-        num_seqs, max_pages = len(self.state.sampled), self.state.block_tables.shape[1] - 1
-        least = max_pages if self.kernel else max(-(-MIN_CAPTURED_TOKENS // self.cache.block_size), MIN_PAGES)
-        return doubling(1, num_seqs), doubling(least, max_pages)
-
-    def _collect(self, first: int) -> list[Request]:
-        """Hand what rows [first, live) have recorded to their requests, and take out those that are finished."""
-        for request, (status, tokens) in zip(
-            self.rows[first:], self.state.look(slice(first, len(self.rows))), strict=True
-        ):
-            assert status in (RowStatus.RUNNING, *FINISH_REASON), status  # every page that it may need is its own
-            request.tokens += tokens
-            request.finish_reason = FINISH_REASON.get(status)
-            self.figures.tokens += len(tokens)
-        finished = []
-        for row in range(len(self.rows) - 1, first - 1, -1):
-            if self.rows[row].finish_reason is not None:
-                finished.append(self._remove(row))
-        return finished[::-1]
-
-    def _remove(self, row: int) -> Request:
-        """Take the request out of its row, which the last live row then has."""
-        request = self.rows[row]
-        self.pool.give_back(request.pages)
-        self.state.remove(row, len(self.rows) - 1)
-        self.rows[row] = self.rows[-1]
-        self.rows.pop()
-        return request
-
-
-def _greedy(logits: Tensor) -> Tensor:
-    """The likeliest token of each row, the first of equals: torch.argmax, but 4x faster in bfloat16 on the CPU."""
-    return logits.max(-1).indices
+    def _collect(self, scheduler: Scheduler, first: int, tokens: list[list[int]]) -> list[Request]:
+        """Hand out what rows from `first` on have sampled, and take out those that are finished."""
+        done = []
+        for index, new in enumerate(tokens, first):
+            row = scheduler.rows[index]
+            count = self.collector.add(row.request, new)
+            if row.request.sampling.logprobs is not None:
+                row.request.logprobs += self.batch.logprobs(index, count)
+            self.figures.tokens += count
+            scheduler.computed(row)
+            if row.request.finish_reason:
+                done.append(index)
+        for index in reversed(done):
+            self.batch.remove(index)
+        return [scheduler.remove(index).request for index in reversed(done)][::-1]

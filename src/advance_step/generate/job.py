@@ -9,9 +9,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from advance_step import check_device
-from advance_step.decode.loop import Decoder
-from advance_step.decode.paged_kernels import default_block_size
-from advance_step.decode.request import Request, pages_for
+from advance_step.decode import Decoder, Request
 from advance_step.generate.model import load_model, stop_token_ids
 from advance_step.generate.prompts import Prompt, kept, read_prompts, to_request, write_result
 from advance_step.generate.screen import progress_bar, progress_line, say, summary, text_stream
@@ -75,16 +73,13 @@ def generate(texts: list[str], input: Path | None, output: Path | None, resume: 
 
 def decoder_for(model: Any, requests: list[Request], settings: Settings) -> Decoder:
     """A decoder with rows and pages for these requests, and no more."""
-    block_size = settings.block_size or default_block_size(model)
-    batch_size = min(settings.batch_size, len(requests))
-    return Decoder(
+    return Decoder.for_requests(
         model,
-        batch_size=batch_size,
-        block_size=block_size,
-        max_seq_len=max(request.max_seq_len for request in requests),
-        num_pages=pages_for(requests, batch_size, block_size),
+        requests,
+        batch_size=settings.batch_size,
+        block_size=settings.block_size,
         stop_token_ids=stop_token_ids(model),
-        window=settings.window or (8 if model.device.type == "cuda" else 1),
+        steps_per_sync=settings.window or (8 if model.device.type == "cuda" else 1),
         compile=settings.compile,
     )
 
@@ -138,7 +133,7 @@ def _verified(requests: list[Request], model: Any, settings: Settings) -> int:
     """Say whether transformers' `generate` gives the same; in float32, where equality is to be expected."""
     if settings.dtype != "float32":
         model, _ = load_model(settings.model, torch.float32, say, settings.device)
-        requests = [replace(request, tokens=[], pages=[], finish_reason=None) for request in requests]
+        requests = [Request(request.id, request.prompt_ids, request.sampling) for request in requests]
         for _ in decoder_for(model, requests, replace(settings, compile=False)).run(requests):
             pass
     wrong = differing(model, requests)

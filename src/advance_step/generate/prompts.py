@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from advance_step.decode.request import Request
+from advance_step.decode import Request, SamplingParams
 
 
 @dataclass
@@ -74,7 +74,7 @@ def to_request(tokenizer: Any, prompt: Prompt, raw: bool, max_new_tokens: int, c
         raise ValueError(f"prompt {prompt.id!r}: expected at least one token, got none from {prompt.text!r}")
     if len(ids) >= context:
         raise ValueError(f"prompt {prompt.id!r}: expected fewer than {context} tokens (the context), got {len(ids)}")
-    return Request(prompt.id, ids, min(max_new_tokens, context - len(ids)))
+    return Request(prompt.id, ids, SamplingParams(max_new_tokens=min(max_new_tokens, context - len(ids))))
 
 
 def kept(path: Path) -> dict[int | str, str]:

@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from advance_step.decode.loop import Decoder
-from advance_step.decode.request import Figures, Request
+from advance_step.decode import Decoder, Figures, Request
 
 
 def say(line: str) -> None:
@@ -33,7 +32,7 @@ def progress_bar() -> Progress:
 def progress_line(decoder: Decoder) -> str:
     """The moving part of the bar."""
     figures = decoder.figures
-    return f"{figures.tokens} tokens, {figures.tokens / figures.seconds:.0f} tokens/s, {len(decoder.rows)} rows live"
+    return f"{figures.tokens} tokens, {figures.tokens / figures.seconds:.0f} tokens/s, {decoder.num_rows} rows live"
 
 
 def summary(figures: Figures, finished: int) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from advance_step.decode.request import Request
+from advance_step.decode import Request
 from advance_step.generate.model import stop_token_ids
 
 
@@ -21,7 +21,7 @@ def differing(model: Any, requests: list[Request]) -> list[Request]:
         # A config of its own: greedy and nothing else, whatever penalties the model's config would add.
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=request.sampling.max_new_tokens,
             eos_token_id=stop or None,
             pad_token_id=stop[0] if stop else 0,
         )
