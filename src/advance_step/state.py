@@ -210,9 +210,9 @@ class DecodeState:
         for row in rows:
             if not 0 <= row < len(sources):
                 raise ValueError(f"row: expected a live row, 0 <= row < {len(sources)}, got {row}")
-            for rows_of in (sources, num_pages):
-                rows_of[row] = rows_of[-1]
-                rows_of.pop()
+            sources[row], num_pages[row] = sources[-1], num_pages[-1]
+            sources.pop()
+            num_pages.pop()
         moved = [(source, row) for row, source in enumerate(sources) if source != row]
         source, target = torch.tensor(moved, device=self.status.device).view(-1, 2).unbind(1)
         padding = slice(len(sources), self.num_rows)

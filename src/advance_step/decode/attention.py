@@ -5,6 +5,7 @@ of the model carries the metadata of its step as the keyword argument `paged`. N
 the name, so transformers builds no mask: who sees what follows from the metadata alone.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,17 +161,17 @@ def _gathered(
     return out.reshape(rows, 1, heads, head_dim)
 
 
-def _shim(paged, layer, query, key, value, scaling, sliding_window, softcap):
+def _shim(paged: Any, layer: Any, query: Any, key: Any, value: Any, scaling: Any, window: Any, softcap: Any) -> Any:
     out = []
     ends = torch.tensor(paged.lengths).cumsum(0).tolist()
-    for i, (n, c, e) in enumerate(zip(paged.lengths, paged.contexts, ends)):
+    for i, (n, c, e) in enumerate(zip(paged.lengths, paged.contexts, ends, strict=True)):
         q = query[:, :, e - n : e]
         pages = -(-(n + c) // paged.cache.block_size)
         k, v = paged.cache.read(layer, paged.cache.read_index(paged.block_tables[i : i + 1, :pages]), 1)
         k, v = k[:, :, : n + c], v[:, :, : n + c]
         g = query.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-        mask = _additive(_visible(torch.arange(c, c + n)[:, None], torch.arange(c + n), sliding_window), q.dtype)
+        mask = _additive(_visible(torch.arange(c, c + n)[:, None], torch.arange(c + n), window), q.dtype)
         out.append(_matmul_attention(q, k, v, mask, scaling, softcap).transpose(1, 2))
     return torch.cat(out, 1)
 
@@ -226,16 +227,13 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 AttentionInterface.register(PAGED, paged_attention)
 
 
-def layouts_of(model):
+def layouts_of(model: Any) -> Any:
     c = model.config.get_text_config()
     return (c.num_hidden_layers, getattr(c, "num_key_value_heads", None) or c.num_attention_heads, head_dim_of(c))
 
 
-import contextlib
-
-
 @contextlib.contextmanager
-def paged(model):
+def paged(model: Any) -> Any:
     before = model.config._attn_implementation
     model.set_attn_implementation(PAGED)
     try:

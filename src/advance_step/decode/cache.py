@@ -38,7 +38,7 @@ class PagedKVCache:
     @classmethod
     def allocate(
         cls,
-        layouts,
+        layouts: Any,
         num_pages: int,
         block_size: int,
         dtype: torch.dtype,

@@ -125,9 +125,10 @@ class DraftBatch:
         ):  # fmt: skip
             buffer[index] = buffer[last]
         self.sampler.remove(index, last)
-        for values in (self.lookups, self.num_pages, self.proposed):
-            values[index] = values[last]
-            values.pop()
+        self.lookups[index], self.num_pages[index], self.proposed[index] = (
+            self.lookups[last], self.num_pages[last], self.proposed[last]
+        )  # fmt: skip
+        del self.lookups[last], self.num_pages[last], self.proposed[last]
 
     def decode(self, pages: int, ahead: int) -> list[list[int]]:
         """One step, of whose tables `pages` columns are in use; returns each row's new tokens, one at least."""

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from advance_step.decode.sampling import SamplingParams, TokenLogprobs
+from advance_step.decode.sampling import TokenLogprobs
+from advance_step.decode.sampling_params import SamplingParams
 
 
 @dataclass
