@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from advance_step import compute_slot_mapping
 from advance_step.decode.attention import Prefill
 from advance_step.decode.cache import PagedKVCache
 from advance_step.decode.scheduler import Chunk
@@ -23,8 +24,7 @@ def prefill(model: Any, cache: PagedKVCache, chunks: Sequence[Chunk]) -> Tensor:
     positions = torch.tensor([p for c in chunks for p in range(c.start, c.start + c.length)], device=device)
     ends = torch.tensor([0, *lengths], device=device).cumsum(0)  # [chunks + 1]
     slots = torch.empty_like(positions)
-    r = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    slots = tables[r, positions // cache.block_size] * cache.block_size + positions % cache.block_size
+    compute_slot_mapping(ends, positions, tables, slots, cache.block_size)
     sampled_from = ends[1:][torch.tensor([chunk.is_last for chunk in chunks], device=device)] - 1
     contexts = [chunk.start for chunk in chunks]
     return model(
