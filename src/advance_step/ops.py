@@ -279,7 +279,7 @@ def advance_until_stop(
     *,
     pad_slot: int = -1,
 ) -> None:
-    """The step that knows when to stop: the host looks at `status` and `output_tokens` once per window of steps.
+    """The step that knows when to stop: the host looks at `status` and `output_tokens` once in many steps.
 
     Every row that is not RUNNING is frozen: its slots become `pad_slot`, nothing else changes. For a running row with
     sampled token t, the first that holds::

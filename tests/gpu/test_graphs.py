@@ -35,23 +35,23 @@ def test_replay_equals_eager(functions, device, call, rows):
         assert_same(eager, expected, f"{call}, eager step {step}")
 
 
-def test_a_window_of_steps_in_one_graph(functions, device):
+def test_several_steps_in_one_graph(functions, device):
     """Eight steps captured, each fed what the one before wrote: the host does nothing between them."""
 
-    def window_of(module, suffix, state):
+    def steps_of(module, suffix, state):
         for _ in range(8):
             state["sampled_token_ids"].add_(state["input_positions"]).remainder_(300)  # stands for a model
             function(module, "advance_until_stop", suffix)(**state)
 
     drawn = draw_call("advance_until_stop", 257)
     captured, expected = on(device, drawn), on("cpu", drawn)
-    window_of(functions, "", on(device, drawn))
+    steps_of(functions, "", on(device, drawn))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        window_of(functions, "", captured)
-    for window in range(8):
+        steps_of(functions, "", captured)
+    for replay in range(8):
         graph.replay()
-        window_of(reference, "_ref", expected)
+        steps_of(reference, "_ref", expected)
         assert_same(captured, expected, f"window {window}")
 
 
