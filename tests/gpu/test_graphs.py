@@ -52,7 +52,7 @@ def test_several_steps_in_one_graph(functions, device):
     for replay in range(8):
         graph.replay()
         steps_of(reference, "_ref", expected)
-        assert_same(captured, expected, f"window {window}")
+        assert_same(captured, expected, f"replay {replay}")
 
 
 @pytest.mark.parametrize("call", CALLS)
