@@ -79,6 +79,15 @@ def test_a_core_that_does_not_load_warns_and_is_named(tmp_path):
     assert python(break_it + INFO, ADVANCE_STEP_BACKEND="native").returncode != 0
 
 
+@pytest.mark.parametrize("module", ["triton", "torch_npu"])
+def test_a_placeholder_module_is_not_installed(module):
+    """As engines leave them in sys.modules: without the __spec__ that importlib asks for."""
+    ran = python(f"import sys, types, torch; sys.modules[{module!r}] = types.ModuleType({module!r}); " + INFO)
+    assert ran.returncode == 0, ran.stderr
+    if module == "triton":
+        assert "triton is not installed" in json.loads(ran.stdout)["devices"]["cuda"]["why"]
+
+
 def test_import_is_light():
     """Operators need torch alone: no model library, no terminal library, no Triton, no CUDA start-up."""
     heavy = ("transformers", "typer", "rich", "matplotlib")

@@ -385,6 +385,20 @@ def test_a_sparse_tensor():
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("lazy", ["negated view", "conjugated"])
+def test_a_tensor_whose_memory_does_not_hold_its_values(call, lazy):
+    """torch would make them in a copy, and lose what is written there."""
+    for name, value in CALLS[call]().items():
+        if isinstance(value, torch.Tensor):
+            bad = torch._neg_view(value) if lazy == "negated view" else value.to(torch.complex64).conj()
+            got = f"int{8 * value.element_size()} .* [(]negated view[)]" if lazy == "negated view" else "complex64 "
+            for target in (function(call), operator(call)):
+                error = refused(target, call, name, bad)
+                assert re.search(f"^{name_of(call)}: {name}: expected int.* got {got}", str(error)), error
+                assert isinstance(error, DtypeError)
+
+
 @pytest.mark.parametrize(
     ("call", "argument"), [("advance_step_flashattn", "seq_lens"), ("advance_until_stop", "status")]
 )

@@ -16,7 +16,7 @@ import pytest
 
 import advance_step
 
-FILES = ["test_operators.py", "test_errors.py", "test_schema.py"]
+FILES = ["test_operators.py", "test_errors.py", "test_schema.py", "test_autograd.py"]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

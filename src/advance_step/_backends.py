@@ -128,7 +128,7 @@ def _load_native() -> str:
 
 def _triton_off(device: str) -> str:
     """Why Triton cannot serve the device, or ""."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed"
     if device == "cpu":
         if FORCED == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -138,7 +138,14 @@ def _triton_off(device: str) -> str:
         return "" if torch.version.cuda or torch.version.hip else "this torch has no CUDA or ROCm"
     if device == "xpu":
         return "" if torch.xpu._is_compiled() else "this torch has no XPU"
-    return "" if importlib.util.find_spec("torch_npu") else "torch_npu is not installed"
+    return "" if _installed("torch_npu") else "torch_npu is not installed"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # a placeholder in sys.modules, which has no __spec__: engines leave such
+        return False
 
 
 def _attach_triton(device: str, key: str) -> None:

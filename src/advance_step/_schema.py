@@ -88,22 +88,25 @@ def name_of(operator: Operator) -> str:
     return operator.schema.split("(")[0]
 
 
-def check(operator: Operator, arguments: dict[str, Any], fake: bool = False) -> None:
+def check(operator: Operator, arguments: dict[str, Any], fake: bool = False) -> Call:
     """Raises the ValueError or DtypeError of a call that `operator`'s contract refuses; writes nothing."""
     call = Call(name_of(operator), arguments)
     operator.check_arguments(call)
     if not fake:
-        call.own_memory([a.name for a in _arguments(operator) if a.is_write], operator.same)
+        call.own_memory(_written(operator), operator.same)
         if operator.check_values and (CHECK_VALUES or next(iter(call.tensors.values())).device.type == "cpu"):
             operator.check_values(call)
+    return call
 
 
 def checked(operator: Operator, kernel: Callable[..., None]) -> Callable[..., None]:
     """`kernel` behind the contract's checks, as the dispatcher calls it."""
 
     def call(*args: Any, **kwargs: Any) -> None:
-        check(operator, _bind(operator, args, kwargs))
+        checked_call = check(operator, _bind(operator, args, kwargs))
         kernel(*args, **kwargs)
+        # A backward that needs a value from before the call is to raise; of a kernel's writes autograd does not know.
+        torch.autograd.graph.increment_version(checked_call.named(_written(operator)).values())
 
     return call
 
@@ -112,11 +115,11 @@ def explained(error: Exception, name: str, arguments: dict[str, Any]) -> Excepti
     """What to raise for `error`, which the operator called `name` raised: its contract's own refusal, if it has one.
 
     The native core, being C++, can raise a ValueError but no TypeError, and the dispatcher refuses what is no tensor
-    with a RuntimeError.
+    with a RuntimeError. `arguments` holds the operator's by name; whatever else it holds is left out.
     """
-    arguments.pop("error")
+    operator = next(o for o in OPERATORS if name_of(o) == name)
     try:
-        check(next(o for o in OPERATORS if name_of(o) == name), arguments)
+        check(operator, {a.name: arguments[a.name] for a in _arguments(operator)})
     except ValueError as refusal:
         return refusal
     except RuntimeError:  # a tensor without memory to look at, under torch's function transforms
@@ -128,6 +131,10 @@ def _arguments(operator: Operator) -> list[Any]:
     return getattr(torch.ops.advance_step, name_of(operator)).default._schema.arguments
 
 
+def _written(operator: Operator) -> list[str]:
+    return [a.name for a in _arguments(operator) if a.is_write]
+
+
 def _bind(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name; the dispatcher leaves out those that have their default."""
     arguments = {a.name: a.default_value for a in _arguments(operator)}
@@ -137,13 +144,20 @@ def _bind(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _define(operator: Operator) -> None:
     name = name_of(operator)
     LIBRARY.define(operator.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, checked(operator, operator.reference), "CompositeExplicitAutograd")
+    # Under inference_mode torch's own operators write into tensors that were made in it, as kernels do anywhere.
+    LIBRARY.impl(name, checked(operator, torch.inference_mode()(operator.reference)), "CompositeExplicitAutograd")
     for key in ("Autograd", "ADInplaceOrView"):  # integers have no gradient: nothing to do there
         LIBRARY.impl(name, torch.library.fallthrough_kernel, key)
 
     @torch.library.register_fake(f"advance_step::{name}", lib=LIBRARY)
     def fake(*args: Any, **kwargs: Any) -> None:
         check(operator, _bind(operator, args, kwargs), fake=True)
+
+    def refuse_lazy(*args: Any, **kwargs: Any) -> None:
+        check(operator, _bind(operator, args, kwargs))
+
+    for key in ("Negative", "Conjugate"):  # a tensor whose memory does not hold its values; torch would write a copy
+        LIBRARY.impl(name, refuse_lazy, key)
 
     # The native core asks this for its words: why the contract refuses the call, or "" if it does not.
     def refusal(*args: Any, **kwargs: Any) -> str:

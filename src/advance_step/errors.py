@@ -48,6 +48,10 @@ class Call:
     def tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
 
+    def named(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The tensors of the arguments called `names`, those in lists too."""
+        return {name: value for name, value in self.tensors.items() if name.split("[")[0] in names}
+
     def refusal(self, argument: str, expected: str, got: object, kind: type[ValueError] = ValueError) -> ValueError:
         called = ", ".join(f"{name}={_describe(value)}" for name, value in self.arguments.items())
         return kind(f"{self.operator}: {argument}: expected {expected}, got {got}\n  in {self.operator}({called})")
@@ -72,7 +76,7 @@ class Call:
     def tensor(self, name: str, dtypes: tuple[torch.dtype, ...], *shapes: str) -> None:
         """Refuses `name` unless it has one of `dtypes` and one of `shapes`."""
         value = self.arguments[name]
-        right_dtype = isinstance(value, Tensor) and value.dtype in dtypes and value.layout == torch.strided
+        right_dtype = isinstance(value, Tensor) and value.dtype in dtypes and not _kind(value)
         if isinstance(value, Tensor) and right_dtype and any(self._fits(value, shape) for shape in shapes):
             return
         symbols = " ".join(shapes).translate(str.maketrans("[],", "   ")).split()
@@ -98,7 +102,7 @@ class Call:
         """
         tensors = self.tensors
         before: set[str] = set()
-        for name in [n for n in tensors if n.split("[")[0] in written]:
+        for name in self.named(written):
             before.add(name)
             if _meets_itself(tensors[name]):
                 expected = "elements that lie apart in memory, since they are written"
@@ -152,9 +156,16 @@ def _name(kind: torch.dtype | torch.layout) -> str:
 
 def _describe(value: object) -> str:
     if isinstance(value, Tensor):
-        layout = "" if value.layout == torch.strided else f" ({_name(value.layout)})"
-        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}{layout}"
+        kind = f" ({_kind(value)})" if _kind(value) else ""
+        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}{kind}"
     return repr(value) if value is None or isinstance(value, int) else type(value).__name__
+
+
+def _kind(value: Tensor) -> str:
+    """What keeps the values of a tensor from lying in its memory at its strides, or ""."""
+    if value.layout != torch.strided:
+        return _name(value.layout)
+    return "negated view" if value.is_neg() else ""
 
 
 def _span(value: Tensor) -> tuple[int, int]:

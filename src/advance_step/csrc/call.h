@@ -15,6 +15,18 @@
 
 #include "advance.h"
 
+// The two functions of libtorch that are called from outside its stable ABI, which has no way to tell autograd of a write
+// in place. A torch without them refuses to load the core (backend_info() says so), and the reference serves.
+namespace at {
+class Tensor;
+namespace native {
+bool is_inference(const Tensor&);
+}
+}  // namespace at
+namespace torch::autograd::impl {
+void bump_version(const at::Tensor&);
+}
+
 namespace advance_step {
 
 inline void ensure(AOTITorchError error) {
@@ -132,6 +144,7 @@ class Call {
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
   ~Call() {
+    for (int i = 0; i < written_count_; ++i) bump_version(written_[i]);
     for (int i = 0; i < held_; ++i) aoti_torch_delete_tensor_object(tensors_[i]);
     for (int i = 0; i < boxes_held_; ++i) delete boxes_[i];
     for (int i = 0; i < lists_held_; ++i) torch_delete_list(lists_[i]);
@@ -165,19 +178,20 @@ class Call {
   }
 
   // `written` come first in `all`; each must share no memory with itself or another. `same`, of the read ones, may
-  // also be the very memory that the first written one starts with.
+  // also be the very memory that the first written one starts with. Autograd hears of them if the call is not refused.
   void demand_own_memory(const Argument* const* all, int count, int written, const Argument* same) {
     for (int i = 0; i < written; ++i) {
       demand(!all[i]->meets_itself());
       for (int other = i + 1; other < count; ++other) {
         if (all[i]->meets(*all[other])) demand(i == 0 && all[other] == same && all[0]->starts_as(*same));
       }
+      written_[written_count_++] = all[i]->tensor;
     }
   }
 
   // Hands the whole call to Python, which finds what is wrong with it, and raises its words.
   [[noreturn]] void refuse() {
-    held_ = elements_held_ = boxes_held_ = lists_held_ = 0;  // the dispatcher takes what is on the stack
+    written_count_ = held_ = elements_held_ = boxes_held_ = lists_held_ = 0;  // the dispatcher takes what is on the stack
     ensure(torch_call_dispatcher(refusal_, "", stack_, TORCH_ABI_VERSION));
     const auto text = reinterpret_cast<StringHandle>(stack_[0]);
     const char* words;
@@ -194,6 +208,12 @@ class Call {
     return Argument(tensor);
   }
 
+  // Makes a backward that needs the value of before raise. A tensor made under inference_mode counts no versions.
+  static void bump_version(AtenTensorHandle tensor) {
+    const auto& written = *reinterpret_cast<const at::Tensor*>(tensor);  // as in torch's own aoti_torch/utils.h
+    if (!at::native::is_inference(written)) torch::autograd::impl::bump_version(written);
+  }
+
   StableIValue unbox(int i) {
     boxes_[boxes_held_++] = reinterpret_cast<StableIValue*>(stack_[i]);
     return *boxes_[boxes_held_ - 1];
@@ -206,10 +226,10 @@ class Call {
 
   const char* refusal_;
   StableIValue* stack_;
-  AtenTensorHandle tensors_[16], elements_[2 * kMaxGroups];
+  AtenTensorHandle tensors_[16], elements_[2 * kMaxGroups], written_[6 + kMaxGroups];
   StableIValue* boxes_[2];
   StableListHandle lists_[3];
-  int held_ = 0, elements_held_ = 0, boxes_held_ = 0, lists_held_ = 0;
+  int held_ = 0, elements_held_ = 0, boxes_held_ = 0, lists_held_ = 0, written_count_ = 0;
 };
 
 // Calls f with a value of the argument's integer type.
