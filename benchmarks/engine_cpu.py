@@ -2,8 +2,9 @@
 
     python benchmarks/engine_cpu.py [--only pool prefix drafts memory]
 
-pool: 200 ragged prompts through a pool with a tenth of the pages that they would have together (a tiny model with
-    random weights, float32, greedy and with seeds); every text is compared with the one decoded alone.
+pool: 200 ragged prompts through a pool with a tenth of the pages that they would have together, of one token each
+    (the free page that is kept for each row then does not last long); a tiny model with random weights, float32,
+    greedy and with seeds; every text is compared with the one decoded alone.
 prefix: SmolLM2-135M-Instruct in float32, 32 prompts behind a common one of 1,024 tokens; time of their prefill with
     shared pages and without, and whether the tokens are the same.
 drafts: the same model in bfloat16, the summaries and code edits of examples/, greedily; tokens per second of decoding
@@ -65,8 +66,8 @@ def pool() -> str:
                 for i, (prompt, n) in enumerate(shapes)
             ]
 
-        all_pages = sum(request.pages_needed(4) for request in requests())
-        sizes = {"block_size": 4, "max_seq_len": 160, "num_pages": all_pages // 10}
+        all_pages = sum(request.pages_needed(1) for request in requests())
+        sizes = {"block_size": 1, "max_seq_len": 160, "num_pages": all_pages // 10}
         decoder = Decoder(model, batch_size=64, steps_per_sync=4, **sizes)
         together = finish(decoder, requests())
         alone = Decoder(model, batch_size=1, **sizes, share_prefixes=False)

@@ -459,3 +459,26 @@ def test_logits_processors_of_anybody(llama, prompts, llama_tokens):
     run(decoder_for(llama), requests)
     assert banned not in requests[0].tokens
     assert [request.tokens for request in requests[1:]] == llama_tokens[1:]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=["greedy", "sampled"])
+def test_200_prompts_through_a_tenth_of_their_pages(llama, sampling):
+    """Every text is the one that the prompt alone gives; rows are put back many times on the way.
+
+    A page for each row that will grow is kept free; with pages of one token that is not enough for long.
+    """
+    draw = random.Random(0)
+    prompts = [[draw.randrange(1, 97) for _ in range(draw.randrange(1, 20))] for _ in range(200)]
+    lengths = [draw.randrange(1, 44) for _ in prompts]
+
+    def requests():
+        params = [SamplingParams(max_new_tokens=n, seed=i, **sampling) for i, n in enumerate(lengths)]
+        return [Request(i, p, n) for i, (p, n) in enumerate(zip(prompts, params, strict=True))]
+
+    needed = sum(request.pages_needed(1) for request in requests())
+    few = decoder_for(llama, batch_size=64, block_size=1, num_pages=needed // 10, steps_per_sync=3)
+    plenty = decoder_for(llama, batch_size=200, block_size=1, num_pages=needed, share_prefixes=False)
+    assert run(few, requests()) == run(plenty, requests())
+    print(f"{few.figures.preemptions} preemptions, {needed // 10} of {needed} pages")
+    assert few.figures.preemptions > 50
+    assert few.pool.available == few.pool.size
