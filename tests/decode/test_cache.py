@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.cache import LayerLayout, PagedKVCache
 
 SENTINEL = -77.0
 
 
 def filled(num_pages: int, kv_heads: int, block_size: int, head_dim: int = 4) -> PagedKVCache:
-    cache = PagedKVCache.allocate(2, num_pages, kv_heads, block_size, head_dim, torch.float32, torch.device("cpu"))
+    layouts = [LayerLayout(kv_heads, head_dim, head_dim)] * 2
+    cache = PagedKVCache.allocate(layouts, num_pages, block_size, torch.float32, torch.device("cpu"))
     for layer in cache.layers:
         layer.fill_(SENTINEL)
     return cache
@@ -59,4 +60,4 @@ def test_slots_past_32_bits():
     cache = filled(2, 1, 4)
     slots = torch.tensor([2**33 + 1])
     lane = 2**31  # the page, of two lanes: keys and values
-    assert cache.write_index(slots).tolist() == [(lane * 2) * 4 + 1, (lane * 2 + 1) * 4 + 1]
+    assert cache.write_index(slots)[1].tolist() == [(lane * 2) * 4 + 1, (lane * 2 + 1) * 4 + 1]

@@ -1,11 +1,12 @@
 """The attention function that transformers calls in every layer, over the paged cache.
 
-It is registered under the name `PAGED`; a model is put on it by `model.set_attn_implementation(PAGED)`, and each call
-of the model carries the metadata of its step as the keyword argument `paged`. No mask function is registered under
-the name, so transformers builds no mask: who sees what follows from the metadata alone.
+It is registered under the name `PAGED`; a model is on it within `with paged(model):`, and each call of the model then
+carries the metadata of its pass as the keyword argument `paged`. No mask function is registered under the name,
+so transformers builds no mask: who sees what follows from the metadata and from the layouts of the cache.
 """
 
-import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from advance_step.decode.cache import PagedKVCache, head_dim_of
+from advance_step.decode.cache import PagedKVCache, visible_keys
+from advance_step.decode.layouts import attending_by
 from advance_step.decode.paged_kernels import PagedKernel
 
 PAGED = "advance_step_paged"
@@ -24,199 +26,220 @@ PAGED = "advance_step_paged"
 # the matmuls are as fast from the first key on, and a choice by length would be a recompile.
 SDPA_MAX_KEYS = 512
 
-
-# Layer types of transformers' configs that are attention over keys and values, with nothing else kept between steps.
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-# Kinds of rotary positions whose frequencies follow from the longest sequence of the batch: a row's tokens would depend
-# on its neighbours.
-BATCH_WIDE_ROPE = {"dynamic", "longrope"}
+# Prompts attend in blocks of so many tokens where SDPA cannot work the mask out by itself: what a block may see is a
+# mask [QUERY_BLOCK, keys], and never one of a prompt's length squared.
+QUERY_BLOCK = 256
 
 
-def check_model(model: Any) -> None:
-    """ValueError for a model whose layers do not all attend through transformers' attention interface."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    if model.config.is_encoder_decoder or not model._supports_attention_backend:
-        raise ValueError(f"model: expected a causal LM on transformers' attention interface, got {name}")
-    other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
-    if other:
-        raise ValueError(f"model: expected only layers of {sorted(LAYER_TYPES)}, got {other} in {name}")
-    if rope := _rope_types(config) & BATCH_WIDE_ROPE:
-        raise ValueError(f"model: expected positions that each row has for itself, got {rope.pop()} RoPE in {name}")
-    if (size := getattr(config, "v_head_dim", None)) not in (None, head_dim_of(config)):
-        raise ValueError(f"model: expected values of head_dim={head_dim_of(config)}, as keys, got {size} in {name}")
-
-
-def _rope_types(config: Any) -> set[str]:
-    """The kinds of rotary positions in a config: one for all layers, or one for each type of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    each = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
-    return {p["rope_type"] for p in each if "rope_type" in p}
+def paged(model: Any) -> AbstractContextManager[None]:
+    """The model on the paged attention function, for as long as the context lasts."""
+    return attending_by(model, PAGED)
 
 
 @dataclass
 class Prefill:
-    """Whole prompts, packed one after the other into a batch of one."""
+    """Chunks of several rows' prompts, packed one after the other into a batch of one.
+
+    Row i's chunk has lengths[i] tokens, which come after contexts[i] tokens that its pages already hold.
+    """
 
     cache: PagedKVCache
-    write_index: Tensor
+    write_index: dict[int, Tensor]
     lengths: list[int]
     contexts: list[int]
-    block_tables: Tensor
-    layers: set[int] = field(default_factory=set)  # those that came here for attention
+    block_tables: Tensor  # [rows, pages]: read for rows with a context
+    calls: int = 0  # of attention, so far in this pass
+    read_indices: dict[tuple[int, int], dict[int, Tensor]] = field(default_factory=dict)  # by row and first page
+
+    def read(self, call: int, row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the row's tokens from the start of `first`'s page to `end`, [1, kv_heads, tokens, dim]."""
+        block_size = self.cache.block_size
+        begin = first // block_size
+        if (row, begin) not in self.read_indices:  # the same in all calls with such a window
+            pages = self.block_tables[row : row + 1, begin : -(-end // block_size)]
+            self.read_indices[row, begin] = self.cache.read_index(pages)
+        keys, values = self.cache.read(call, self.read_indices[row, begin], 1)
+        tokens = end - begin * block_size
+        return keys[:, :, :tokens], values[:, :, :tokens]
 
 
 @dataclass
 class DecodeStep:
-    """One token of every row, against all that the row has in its pages."""
+    """The next tokens of every row, one or several, against all that the row has in its pages.
+
+    With several, each at its own position: the step's own keys are among those in the pages, and a token sees those
+    at its position and before. `kernel` serves one token a row; with several, pages are gathered.
+    """
 
     cache: PagedKVCache
-    write_index: Tensor
+    write_index: dict[int, Tensor]
     block_tables: Tensor  # [rows, pages]
-    input_positions: Tensor  # [rows]
+    input_positions: Tensor  # [rows] or [rows, tokens]
     seq_lens: Tensor  # [rows]
     kernel: PagedKernel | None  # reads the pages itself; None: they are gathered
-    read_index: Tensor | None  # where they lie, then; the same in all layers
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by sliding window; layers share them
+    read_index: dict[int, Tensor] | None  # where they lie, then; the same in all layers
+    calls: int = 0  # of attention, so far in this pass
+    masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # layers share them
 
-    def mask(self, length: int, sliding_window: int | None, dtype: torch.dtype) -> Tensor:
-        """What each row may see of its `length` gathered keys, as an additive mask [rows, 1, 1, length]."""
-        if sliding_window not in self.masks:
+    def mask(self, length: int, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """What each token may see of its row's `length` gathered keys, as an additive mask.
+
+        [rows, 1, 1, length] for one token a row, else [rows, 1, group * tokens, length].
+        """
+        if (window, group) not in self.masks:
             key = torch.arange(length, device=self.input_positions.device)
-            visible = _visible(self.input_positions[:, None], key, sliding_window)  # [rows, length]
-            self.masks[sliding_window] = _additive(visible, dtype)[:, None, None]
-        return self.masks[sliding_window]
+            visible = visible_keys(self.input_positions[..., None], key, window)  # [rows, (tokens,) length]
+            if visible.dim() == 3:
+                visible = visible.repeat(1, group, 1)
+            mask = _additive(visible, dtype)
+            self.masks[window, group] = mask[:, None] if mask.dim() == 3 else mask[:, None, None]
+        return self.masks[window, group]
 
 
 def paged_attention(
     module: Any,
-    query: Tensor,  # [batch, heads, length, head_dim]
-    key: Tensor,  # [batch, kv_heads, length, head_dim]
-    value: Tensor,
+    query: Tensor,  # [batch, heads, length, key_dim]
+    key: Tensor,  # [batch, kv_heads, length, key_dim]
+    value: Tensor,  # [batch, kv_heads, length, value_dim]
     attention_mask: Tensor | None,
     *,
-    scaling: float,
+    scaling: float | None = None,
     paged: Prefill | DecodeStep | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Write this layer's new keys and values by slot, and attend through the block tables.
+    """Write this call's new keys and values by slot, and attend through the block tables.
 
-    Returns [batch, length, heads, head_dim] and no attention weights, as transformers expects.
-    Raises ValueError for what it would otherwise get wrong: a call without `paged`, a ready-made mask, attention
-    sinks, a position bias.
+    The call is known by its place in the order of calls of the pass, and has the window of its layout. s_aux [heads]
+    are attention sinks: a score of each head that takes part in the softmax and has no value.
+    Returns [batch, length, heads, value_dim], contiguous, and no attention weights, as transformers expects.
+    Raises ValueError for what it would otherwise get wrong: a call without `paged`, a ready-made mask, a position
+    bias, keys and values that are not as the layout says.
     """
     if paged is None:
         raise ValueError(
             f"paged: expected Prefill or DecodeStep, got None (attention {PAGED!r} needs the step's metadata)"
         )
-    unsupported = {
-        "attention_mask": attention_mask,
-        "s_aux": kwargs.get("s_aux"),
-        "position_bias": kwargs.get("position_bias"),
-    }
-    for name, argument in unsupported.items():
+    for name, argument in {"attention_mask": attention_mask, "position_bias": kwargs.get("position_bias")}.items():
         if argument is not None:
             raise ValueError(f"{name}: expected None, got a tensor: attention over pages does not support it")
+    call = paged.calls
+    paged.calls = call + 1
+    layout = paged.cache.layouts[call]
+    got, expected = (key.shape[1], key.shape[3], value.shape[3]), (layout.kv_heads, layout.key_dim, layout.value_dim)
+    if got != expected:
+        raise ValueError(f"attention call {call}: expected kv heads, key and value size {expected}, got {got}")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
 
-    layer = module.layer_idx
-    paged.cache.write(layer, paged.write_index, key, value)
+    paged.cache.write(call, paged.write_index, key, value)
     if isinstance(paged, Prefill):
-        paged.layers.add(layer)
-        return _shim(paged, layer, query, key, value, scaling, sliding_window, softcap), None
-
-    if paged.kernel is not None:
-        keys, values = paged.cache.pages(layer)
+        return _prefill(query, key, value, call, paged, scaling, softcap, s_aux), None
+    if paged.kernel is not None and query.shape[2] == 1:
+        keys, values = paged.cache.pages(call)
         tables, seq_lens = paged.block_tables, paged.seq_lens
         query = query.transpose(1, 2)
-        return paged.kernel.attend(query, keys, values, tables, seq_lens, scaling, sliding_window, softcap), None
-    return _gathered(query, layer, paged, scaling, sliding_window, softcap), None
+        return paged.kernel.attend(query, keys, values, tables, seq_lens, scaling, layout.window, softcap), None
+    return _gathered(query, call, paged, scaling, softcap, s_aux), None
 
 
 def _gathered(
-    query: Tensor, layer: int, step: DecodeStep, scaling: float, sliding_window: int | None, softcap: float | None
+    query: Tensor, call: int, step: DecodeStep, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention of one token a row to all pages in its table's columns, copied one after the other."""
-    rows, heads, T, head_dim = query.shape
+    """Attention of each row's tokens to all pages in its table's columns, copied one after the other."""
+    rows, heads, tokens, _ = query.shape
     assert step.read_index is not None
-    keys, values = step.cache.read(layer, step.read_index, rows)
-    if T > 1:
-        g = heads // keys.shape[1]
-        keys, values = keys.repeat_interleave(g, 1), values.repeat_interleave(g, 1)
-        mask = _additive(
-            _visible(step.input_positions[:, :, None], torch.arange(keys.shape[2]), sliding_window), query.dtype
-        )[:, None]
-        return _matmul_attention(query, keys, values, mask, scaling, softcap).transpose(1, 2)
-    if step.input_positions.dim() == 2:
-        step.input_positions = step.input_positions[:, 0]
+    keys, values = step.cache.read(call, step.read_index, rows)
     kv_heads, length = keys.shape[1:3]
-    mask = step.mask(length, sliding_window, query.dtype)
-    grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)  # heads that share keys attend as one
+    mask = step.mask(length, step.cache.layouts[call].window, heads // kv_heads, query.dtype)
     few = not torch.compiler.is_compiling() and rows * length <= SDPA_MAX_KEYS
-    if softcap is None and (few or query.device.type != "cpu"):
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    if softcap is None and sinks is None and (few or query.device.type != "cpu"):
+        out = scaled_dot_product_attention(_grouped(query, kv_heads), keys, values, attn_mask=mask, scale=scaling)
     else:
-        out = _matmul_attention(grouped, keys, values, mask, scaling, softcap)
-    return out.reshape(rows, 1, heads, head_dim)
-
-
-def _shim(paged: Any, layer: Any, query: Any, key: Any, value: Any, scaling: Any, window: Any, softcap: Any) -> Any:
-    out = []
-    ends = torch.tensor(paged.lengths).cumsum(0).tolist()
-    for i, (n, c, e) in enumerate(zip(paged.lengths, paged.contexts, ends, strict=True)):
-        q = query[:, :, e - n : e]
-        pages = -(-(n + c) // paged.cache.block_size)
-        k, v = paged.cache.read(layer, paged.cache.read_index(paged.block_tables[i : i + 1, :pages]), 1)
-        k, v = k[:, :, : n + c], v[:, :, : n + c]
-        g = query.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
-        mask = _additive(_visible(torch.arange(c, c + n)[:, None], torch.arange(c + n), window), q.dtype)
-        out.append(_matmul_attention(q, k, v, mask, scaling, softcap).transpose(1, 2))
-    return torch.cat(out, 1)
+        out = _matmul_attention(_grouped(query, kv_heads), keys, values, mask, scaling, softcap, sinks, tokens)
+    return out.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous()
 
 
 def _prefill(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: list[int],
+    call: int,
+    prefill: Prefill,
     scaling: float,
-    sliding_window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of each packed prompt to itself: [1, tokens, heads, head_dim]."""
-    group = query.shape[1] // key.shape[1]
+    """Causal attention of each packed chunk to itself and to what its row already has: [1, tokens, heads, dim]."""
+    window, lengths = prefill.cache.layouts[call].window, prefill.lengths
     out = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
-        length = q.shape[2]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)  # [1, heads, length, head_dim]
-        if softcap is None and (sliding_window is None or sliding_window >= length):
-            attended = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-        else:
-            position = torch.arange(length, device=q.device)
-            mask = _additive(_visible(position[:, None], position, sliding_window), q.dtype)  # [length, length]
-            attended = _matmul_attention(q, k, v, mask, scaling, softcap)
-        out.append(attended.transpose(1, 2))
+    for row, (q, k, v, context) in enumerate(
+        zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), prefill.contexts, strict=True)
+    ):
+        length, ahead = q.shape[2], context  # ahead: keys that lie before the first token's own
+        if context:
+            first = 0 if window is None else max(0, context - window + 1)
+            k, v = prefill.read(call, row, first, context + length)
+            ahead = k.shape[2] - length
+        plain = softcap is None and sinks is None
+        if plain and not ahead and (window is None or window >= length):
+            k, v = (kv.repeat_interleave(q.shape[1] // kv.shape[1], 1) for kv in (k, v))
+            out.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2))
+            continue
+        for tokens, keys in _blocks(length, ahead, window):
+            position = torch.arange(ahead + tokens.start, ahead + tokens.stop, device=q.device)
+            visible = visible_keys(position[:, None], torch.arange(keys.start, keys.stop, device=q.device), window)
+            q_block, k_block, v_block = q[:, :, tokens], k[:, :, keys], v[:, :, keys]
+            if plain:
+                k_block, v_block = (kv.repeat_interleave(q.shape[1] // kv.shape[1], 1) for kv in (k_block, v_block))
+                attended = scaled_dot_product_attention(q_block, k_block, v_block, attn_mask=visible, scale=scaling)
+            else:
+                mask = _additive(visible, q.dtype).repeat(q.shape[1] // k.shape[1], 1)  # [group * tokens, keys]
+                grouped, count = _grouped(q_block, k.shape[1]), len(visible)
+                attended = _matmul_attention(grouped, k_block, v_block, mask, scaling, softcap, sinks, count)
+                attended = attended.reshape(1, q.shape[1], count, -1)
+            out.append(attended.transpose(1, 2))
     return torch.cat(out, 1)
 
 
+def _blocks(length: int, ahead: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """Blocks of a chunk's tokens, and of the keys that each may see: `ahead` before the chunk's own, and those."""
+    for begin in range(0, length, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, length)
+        first = 0 if window is None else max(0, ahead + begin - window + 1)
+        yield slice(begin, end), slice(first, ahead + end)
+
+
+def _grouped(query: Tensor, kv_heads: int) -> Tensor:
+    """Heads that share keys attend as one: [batch, heads, tokens, dim] -> [batch, kv_heads, group * tokens, dim]."""
+    batch, _, _, dim = query.shape
+    return query.reshape(batch, kv_heads, -1, dim)
+
+
 def _matmul_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    tokens: int,
 ) -> Tensor:
-    """softmax(query @ keys.T * scaling + mask) @ values, with the scores capped before the mask where asked."""
+    """softmax(query @ keys.T * scaling + mask) @ values, of queries [batch, kv_heads, group * tokens, dim].
+
+    Scores are capped before the mask where asked; sinks [heads] are one more score, whose share goes nowhere.
+    """
     scores = torch.matmul(query, keys.transpose(2, 3)).mul_(scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    return torch.matmul(scores.add_(mask).softmax(-1), values)
-
-
-def _visible(query_position: Tensor, key_position: Tensor, sliding_window: int | None) -> Tensor:
-    """Causal, and not further back than the window, which counts the token itself."""
-    visible = key_position <= query_position
-    if sliding_window is not None:
-        visible &= key_position > query_position - sliding_window
-    return visible
+    scores = scores.add_(mask)
+    if sinks is None:
+        return torch.matmul(scores.softmax(-1), values)
+    batch, kv_heads, _, length = scores.shape
+    sink = sinks.to(scores.dtype).view(1, kv_heads, -1, 1).repeat_interleave(tokens, 2).expand(batch, -1, -1, -1)
+    return torch.matmul(torch.cat((scores, sink), -1).softmax(-1)[..., :length], values)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,18 +248,3 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 AttentionInterface.register(PAGED, paged_attention)
-
-
-def layouts_of(model: Any) -> Any:
-    c = model.config.get_text_config()
-    return (c.num_hidden_layers, getattr(c, "num_key_value_heads", None) or c.num_attention_heads, head_dim_of(c))
-
-
-@contextlib.contextmanager
-def paged(model: Any) -> Any:
-    before = model.config._attn_implementation
-    model.set_attn_implementation(PAGED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from advance_step.decode import paged_kernels
-from advance_step.decode.attention import check_model, layouts_of, paged
+from advance_step.decode.attention import paged
 from advance_step.decode.batch import Batch
 from advance_step.decode.cache import PagedKVCache
 from advance_step.decode.collect import Collector
 from advance_step.decode.drafts import DraftBatch
+from advance_step.decode.model_check import check_model
 from advance_step.decode.pages import PagePool
 from advance_step.decode.prefill import prefill
 from advance_step.decode.request import Figures, Request
@@ -84,7 +85,7 @@ class Decoder:
                 raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
         if draft_tokens and (steps_per_sync > 1 or compile):
             raise ValueError("draft_tokens: expected 0 with steps_per_sync > 1 or compile: drafts are made by the host")
-        check_model(model)
+        layouts = check_model(model)
         self.model = model
         self.block_size = block_size
         self.batch_size = batch_size
@@ -95,10 +96,10 @@ class Decoder:
         self.draft_tokens = draft_tokens
         self.collector = Collector(stop_token_ids, tokenizer)
         self.pool = PagePool(range(num_pages))
-        self.cache = PagedKVCache.allocate(layouts_of(model), num_pages, block_size, model.dtype, model.device)
+        self.cache = PagedKVCache.allocate(layouts, num_pages, block_size, model.dtype, model.device)
         self.figures = Figures()
         self.scheduler: Scheduler | None = None
-        kernel = paged_kernels.find(model, block_size)
+        kernel = paged_kernels.find(model, layouts, block_size)
         self.attention = kernel.name if kernel else "torch over gathered pages"
         # A check of values waits for the device, so that its step cannot be captured.
         self.captured = model.device.type == "cuda" and not CHECK_VALUES and not draft_tokens

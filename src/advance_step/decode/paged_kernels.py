@@ -7,13 +7,14 @@ costs what its rows hold; without one, attention.py gathers as many pages for ev
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from advance_step.decode.cache import head_dim_of
+from advance_step.decode.cache import LayerLayout
+from advance_step.decode.layouts import layouts_of
 
 BLOCK_SIZE = 256  # what tokens in a page must be a multiple of
 
@@ -29,25 +30,32 @@ class PagedKernel(NamedTuple):
     attend: Attend
 
 
-def find(model: Any, block_size: int) -> PagedKernel | None:
-    """The first kernel that serves the model with such pages, or None; those known have FlashAttention 2's limits."""
-    config = model.config.get_text_config()
-    size = head_dim_of(config)
-    if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(model.device) < (8, 0):
-        return None
-    if model.dtype not in (torch.float16, torch.bfloat16) or block_size % BLOCK_SIZE or size % 8 or size > 256:
+def find(model: Any, layouts: Sequence[LayerLayout], block_size: int) -> PagedKernel | None:
+    """The first kernel that serves all layouts with such pages, or None; those known have FlashAttention 2's limits."""
+    if not _has_kernels(model) or block_size % BLOCK_SIZE or not all(map(_within_limits, layouts)):
         return None
     if takes("flash_attn", "flash_attn_with_kvcache", "block_table", "softcap"):
         return PagedKernel("flash-attn", flash_attn_pages)
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    capped = any(layout.softcap for layout in layouts)
     if takes("torch.nn.attention.varlen", "varlen_attn", "block_table") and not capped:
         return PagedKernel(f"torch {torch.__version__}'s varlen_attn", varlen_pages)
     return None
 
 
+def _has_kernels(model: Any) -> bool:
+    """Whether there are kernels for the model's device and dtype."""
+    if model.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(model.device) < (8, 0):
+        return False
+    return model.dtype in (torch.float16, torch.bfloat16)
+
+
+def _within_limits(layout: LayerLayout) -> bool:
+    return layout.key_dim == layout.value_dim <= 256 and layout.key_dim % 8 == 0 and not layout.sinks
+
+
 def default_block_size(model: Any) -> int:
     """Tokens in a page where nobody asks for another number: what a kernel wants, if one serves the model."""
-    return BLOCK_SIZE if find(model, BLOCK_SIZE) else 16
+    return BLOCK_SIZE if _has_kernels(model) and find(model, layouts_of(model), BLOCK_SIZE) else 16
 
 
 def flash_attn_pages(
