@@ -22,6 +22,7 @@ KERNELS = {  # kernel and what runs in it: how many mixes of dtypes it is compil
     ("advance_rows", "SpeculativeStep"): 1,
     ("advance_rows", "EagleStep"): 2**3,  # positions, lengths, pages
     ("advance_rows", "UntilStopStep"): 2,  # for one KV group and for several; decides on dtypes at run time
+    ("advance_rows", "SlotMappingStep"): 2**2,  # positions, pages
     ("advance_and_scan", "PlainStep"): 2**3,
     ("copy_pages", "FlashInferPages"): 2,  # pages
 }

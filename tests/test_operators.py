@@ -59,6 +59,26 @@ def test_rows_in_parallel(rows):
         assert torch.equal(call[name], expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_tokens_in_parallel(dtype):
+    """Threads share the tokens, wherever in a request the border between two of them falls."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([1, 2047, 0, 5000, 1, 0, 3000] + [1] * 3000)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(dtype)
+    num_tokens = int(counts.sum())
+    call = {
+        "query_start_loc": starts,
+        "positions": torch.randint(0, 4 * 16, (num_tokens,), generator=generator, dtype=dtype),
+        "block_table": torch.randint(-5, 2**40, (len(counts), 4), generator=generator),
+        "slot_mapping": torch.zeros(num_tokens + 3000, dtype=torch.int64),
+        "block_size": 16,
+    }
+    expected = call | {"slot_mapping": torch.zeros(num_tokens + 3000, dtype=torch.int64)}
+    reference.compute_slot_mapping_ref(**expected)
+    advance_step.compute_slot_mapping(**call)
+    assert torch.equal(call["slot_mapping"], expected["slot_mapping"])
+
+
 def test_bad_row_among_many_writes_nothing():
     rows = 50000
     call = plain(rows, rows)

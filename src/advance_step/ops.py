@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from advance_step._schema import explained
+from advance_step.reference import PAD_SLOT
 
 # fmt: off
 _npu = torch.ops.advance_step.npu_advance_step_flashattn.default
@@ -31,6 +32,7 @@ _flashinfer = torch.ops.advance_step.advance_step_flashinfer.default
 _eagle = torch.ops.advance_step.eagle_step_update_slot_mapping_and_metadata.default
 _until_stop = torch.ops.advance_step.advance_until_stop.default
 _slot_mapping = torch.ops.advance_step.compute_slot_mapping.default
+ONE, ZERO = 1, 0  # defaults, which double the cost of a call where they are passed on; by identity: 1.0 is refused
 
 
 def npu_advance_step_flashattn(
@@ -377,9 +379,12 @@ def compute_slot_mapping(
         [27, 4, 5, 29, -1, -1]
     """
     try:
-        _slot_mapping(
-            query_start_loc, positions, block_table, slot_mapping, block_size, cp_world_size=cp_world_size,
-            cp_rank=cp_rank, cp_interleave=cp_interleave, pad_slot=pad_slot
-        )
+        if cp_world_size is ONE and cp_rank is ZERO and cp_interleave is ONE and pad_slot is PAD_SLOT:
+            _slot_mapping(query_start_loc, positions, block_table, slot_mapping, block_size)
+        else:
+            _slot_mapping(
+                query_start_loc, positions, block_table, slot_mapping, block_size, cp_world_size=cp_world_size,
+                cp_rank=cp_rank, cp_interleave=cp_interleave, pad_slot=pad_slot
+            )
     except (RuntimeError, ValueError) as error:
         raise explained(error, "compute_slot_mapping", locals()) from None

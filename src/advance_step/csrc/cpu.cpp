@@ -57,6 +57,14 @@ struct Cpu {
     });
   }
 
+  template <class Step>
+  void tokens(const Step& step, int64_t tokens) const {
+    for_ranges(tokens, [&step](int64_t begin, int64_t end) {
+      const Step local = step;
+      local.rows(begin, end);
+    });
+  }
+
   template <class Step, class Pages>
   void rows_and_pages(const Step& step, const Pages& pages) const {
     rows(step, step.num_seqs);

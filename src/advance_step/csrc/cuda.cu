@@ -108,6 +108,11 @@ class Cuda {
     check(cudaGetLastError());
   }
 
+  template <class Step>
+  void tokens(const Step& step, int64_t tokens) const {
+    rows(step, tokens);
+  }
+
   template <class Step, class Pages>
   void rows_and_pages(const Step& step, const Pages& pages) const {
     advance_and_scan<<<1, kScanThreads, 0, stream_>>>(step, pages);

@@ -2,12 +2,13 @@
 //
 // An Executor is where the rows run: Cpu in cpu.cpp, Cuda in cuda.cu. It says whether tensors are where it can reach
 // them (holds), what the compiler may know of strides (with_stride), whether values are checked before the first write
-// (kChecksData, any_row), and runs steps (rows, rows_and_pages).
+// (kChecksData, any_row), and runs steps (rows, rows_and_pages, tokens).
 #pragma once
 
 #include <algorithm>
 
 #include "call.h"
+#include "slot_mapping.h"
 
 namespace advance_step {
 
@@ -297,12 +298,60 @@ void advance_until_stop(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 template <class Executor>
+void compute_slot_mapping(StableIValue* stack, uint64_t, uint64_t) {
+  Call call("advance_step::compute_slot_mapping_refusal", stack);
+  const Argument starts = call.tensor(0), positions = call.tensor(1), table = call.tensor(2), slots = call.tensor(3);
+  const int64_t block_size = call.integer(4), cp_world_size = call.integer(5), cp_rank = call.integer(6);
+  const int64_t cp_interleave = call.integer(7), pad_slot = call.integer(8);
+  call.demand(block_size >= 1 && cp_world_size >= 1 && cp_interleave >= 1 && cp_rank >= 0 && cp_rank < cp_world_size);
+  call.demand(block_size <= INT64_MAX / cp_world_size && block_size % cp_interleave == 0);
+  call.demand(starts.is_int() && starts.dim == 1 && starts.size[0] >= 1 && positions.is_int() && positions.dim == 1);
+  const int64_t num_requests = starts.size[0] - 1, num_positions = positions.size[0];
+  call.demand(table.is_int() && table.dim == 2 && table.size[0] >= num_requests);
+  call.demand(slots.is_int64() && slots.dim == 1);
+  demand_memory<Executor>(call, {&slots, &starts, &positions, &table}, 1);
+  with_int_type(positions, [&](auto position) {
+    with_int_type(table, [&](auto page) {
+      using Position = decltype(position);
+      using Page = decltype(page);
+      const Argument* const all[] = {&starts, &positions, &table, &slots};
+      Executor::with_stride(std::begin(all), std::end(all), [&](auto stride) {
+        using Stride = decltype(stride);
+        const SlotMappingStep<Position, Page, Stride> step{num_requests,
+                                                           num_positions,
+                                                           starts.int_vector<Stride>(),
+                                                           positions.vector<const Position, Stride>(),
+                                                           table.matrix<const Page, Stride>(),
+                                                           BlockSize::of(block_size),
+                                                           BlockSize::of(block_size * cp_world_size),
+                                                           cp_world_size,
+                                                           cp_rank,
+                                                           cp_interleave,
+                                                           pad_slot,
+                                                           slots.vector<int64_t, Stride>()};
+        if constexpr (Executor::kChecksData) {
+          const int64_t num_tokens = step.query_start_loc.get(num_requests);
+          call.demand(step.is_query_start_loc() && num_tokens <= num_positions && num_tokens <= slots.size[0]);
+          const auto last = static_cast<uint64_t>(step.last_position());
+          call.demand(!Executor::any_row(num_tokens, [last, positions = step.positions](int64_t t) {
+            const auto position = static_cast<uint64_t>(int64_t{positions[t]});
+            return position | (last - position);
+          }));
+        }
+        Executor(slots).tokens(step, slots.size[0]);
+      });
+    });
+  });
+}
+
+template <class Executor>
 void register_operators(torch::stable::detail::StableLibrary& library) {
   library.impl("npu_advance_step_flashattn", npu_advance_step_flashattn<Executor>);
   library.impl("advance_step_flashattn", advance_step_flashattn<Executor>);
   library.impl("advance_step_flashinfer", advance_step_flashinfer<Executor>);
   library.impl("eagle_step_update_slot_mapping_and_metadata", eagle_step<Executor>);
   library.impl("advance_until_stop", advance_until_stop<Executor>);
+  library.impl("compute_slot_mapping", compute_slot_mapping<Executor>);
 }
 
 }  // namespace advance_step

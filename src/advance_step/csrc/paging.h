@@ -55,6 +55,11 @@ struct IntVector {
     }
   }
   ADVANCE_STEP_FN int64_t largest() const { return wide ? INT64_MAX : INT32_MAX; }
+  // As what `wide` says that it is: for a loop that is to decide once.
+  template <class T>
+  Vector<const T, Stride> as() const {
+    return {static_cast<const T*>(data), stride};
+  }
 };
 template <class Stride>
 struct IntMatrix {
