@@ -97,8 +97,11 @@ def conformance(
     "emulate-npu",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-def emulate_npu(context: typer.Context, script: Annotated[str, typer.Argument(help="A Python script.")]) -> None:
+def emulate_npu(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="A Python script, or -m MODULE, or -c CODE.", metavar="SCRIPT")],
+) -> None:
     """Run an unmodified Ascend script on a machine without an NPU; what follows SCRIPT is the script's."""
-    from advance_step.ascend import emulation
+    from advance_step.ascend.script import run
 
-    sys.exit(emulation.run(script, context.args))
+    sys.exit(run(script, context.args))

@@ -16,7 +16,7 @@ from advance_step.ascend import torch_npu as npu_patch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = ROOT.parent / "shared/seed/npu_advance_step_flashattn.zh.md"
-RUN = "import sys; from advance_step.ascend.emulation import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
+RUN = "import sys; from advance_step.ascend.script import run; sys.exit(run(sys.argv[1], sys.argv[2:]))"
 
 
 def python(*args, cwd=None, **environment):
@@ -109,47 +109,65 @@ def test_the_examples(script, last_line):
     assert done.stdout.splitlines()[-1] == last_line
 
 
-def test_a_script_runs_as_python_would_run_it(tmp_path):
-    (tmp_path / "beside.py").write_text("import torch, torch_npu\nanswer = int(torch.tensor(6).npu() * 7)\n")
-    (tmp_path / "script.py").write_text(
-        "import sys, beside\nprint(__name__, __file__, sys.argv, beside.answer)\nsys.exit(int(sys.argv[2]))\n"
-    )
-    done = emulate("script.py", "--help", "5", cwd=tmp_path)
-    assert done.stdout == "__main__ script.py ['script.py', '--help', '5'] 42\n"
-    assert (done.returncode, done.stderr) == (5, "")
+ABOUT = """
+import os, sys, __main__
+class Kept: pass
+os.chdir("/")
+print(__name__, __file__, __package__, __spec__ and __spec__.name, type(__loader__).__name__, sys.argv)
+print(sys.path[0], __main__.Kept is Kept, Kept.__module__, sorted(n for n in globals() if n[:2] == "__"))
+"""
+ENDINGS = {
+    "about": ABOUT,
+    "beside": "import beside; print(beside.answer)",
+    "exit-code": "import sys; sys.exit(5)",
+    "exit-message": "import sys; sys.exit('no luck')",
+    "exit-list": "import sys; sys.exit(['bad', 1])",
+    "exit-none": "raise SystemExit",
+    "exit-large": "import os; print(1, flush=True); os._exit(3)",
+    "syntax": "x = (",
+    "exception": "def f():\n    1 / 0\ntry:\n    f()\nexcept ArithmeticError as e:\n    raise ValueError('so') from e",
+    "interrupt": "import atexit; atexit.register(print, 'last'); print('first'); raise KeyboardInterrupt",
+    "hook": "import sys; sys.excepthook = lambda *e: print('hooked', e[0], e[2].tb_lineno); 1 / 0",
+    "atexit": "import atexit, sys; here = 7; atexit.register(lambda: print(here, sys.modules['__main__'].here))",
+    "thread": "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('late'))).start()",
+    "warning": "import warnings; warnings.warn('old', DeprecationWarning)",
+    "encoding": "# coding: latin-1\nprint(ascii('\xe9'))",
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_a_script_runs_as_python_would_run_it(tmp_path, name):
+    (tmp_path / "beside.py").write_text("answer = 42")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "script.py").write_text(ENDINGS[name], encoding="latin-1")
+    arguments = ("../script.py", "--help", "5")
+    done = emulate(*arguments, cwd=tmp_path / "elsewhere")
+    expected = python(*arguments, cwd=tmp_path / "elsewhere")
+    assert (done.returncode, done.stdout, done.stderr) == (expected.returncode, expected.stdout, expected.stderr)
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "stderr"),
-    [
-        ("import sys; sys.exit('no luck')", 1, "no luck\n"),
-        ("raise SystemExit", 0, ""),
-        ("x = (", 1, "  File \"script.py\", line 1\n    x = (\n        ^\nSyntaxError: '(' was never closed\n"),
-        (
-            "def f():\n    1 / 0\nf()",
-            1,
-            'Traceback (most recent call last):\n  File "script.py", line 3, in <module>\n    f()\n'
-            '  File "script.py", line 2, in f\n    1 / 0\n    ~~^~~\nZeroDivisionError: division by zero\n',
-        ),
-        (
-            "import torch\ntorch.ones(2, device='npu') + torch.ones(2)",
-            1,
-            'Traceback (most recent call last):\n  File "script.py", line 2, in <module>\n'
-            "    torch.ones(2, device='npu') + torch.ones(2)\n"
-            "    ~~~~~~~~~~~~~~~~~~~~~~~~~~~~^~~~~~~~~~~~~~~\n"
-            "RuntimeError: Expected all tensors to be on the same device, but other is on cpu, other tensors are on "
-            "npu:0 (in aten.add.Tensor)\n",
-        ),
-    ],
-    ids=["exit-message", "exit", "syntax", "exception", "device"],
+    "arguments",
+    [("-m", "package.module", "-x"), ("-m", "package"), ("-c", ABOUT.replace("__file__", "0"), "a"), (".",)],
+    ids=str,
 )
-@pytest.mark.skipif(
-    sys.version_info[:2] != (3, 11), reason="compares tracebacks to the letter, as Python 3.11 has them"
-)
-def test_how_a_script_ends(tmp_path, body, code, stderr):
-    (tmp_path / "script.py").write_text(body)
+def test_modules_code_and_directories_run_as_with_python(tmp_path, arguments):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("answer = 42")
+    (tmp_path / "package" / "module.py").write_text("from . import answer\nprint(answer)" + ABOUT)
+    (tmp_path / "package" / "__main__.py").write_text("from . import answer\nprint(answer)" + ABOUT)
+    (tmp_path / "__main__.py").write_text(ABOUT)
+    done, expected = emulate(*arguments, cwd=tmp_path), python(*arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (expected.returncode, expected.stdout, expected.stderr)
+    assert expected.returncode == 0
+
+
+def test_a_traceback_has_no_frames_of_the_emulation(tmp_path):
+    (tmp_path / "script.py").write_text("import torch\ntorch.ones(2, device='npu') + torch.ones(2)")
     done = emulate("script.py", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", stderr)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("File ") == 1 and f'File "{tmp_path}/script.py", line 2, in <module>' in done.stderr
+    assert done.stderr.endswith("other is on cpu, other tensors are on npu:0 (in aten.add.Tensor)\n")
 
 
 def test_no_such_script(tmp_path):
@@ -163,6 +181,8 @@ def test_the_command(tmp_path):
     (tmp_path / "script.py").write_text("import sys, torch_npu\nprint(sys.argv[1:])\nsys.exit(4)\n")
     done = python("-m", "advance_step", "emulate-npu", "script.py", "--help", "-x", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (4, "['--help', '-x']\n", "")
+    done = python("-m", "advance_step", "emulate-npu", "-m", "script", "-x", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (4, "['-x']\n", "")
 
 
 # Refusals: before anything in this process has changed

@@ -1,18 +1,11 @@
-"""Runs Ascend code on a machine without an NPU: a device "npu" in CPU memory, and a module that answers `torch_npu`.
-
-`enable()` adds both to this process; `run()` runs an unmodified script on them (`advance-step emulate-npu script.py`).
-"""
+"""Runs Ascend code on a machine without an NPU: a device "npu" in CPU memory, and a module that answers `torch_npu`."""
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import os
-import runpy
 import sys
-import traceback
 import types
-from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -88,34 +81,3 @@ def _refuse_cpu(input_tokens: torch.Tensor, *others: object, **options: object) 
         f"npu_advance_step_flashattn: input_tokens: expected a tensor on npu:0, got one on {input_tokens.device} "
         "(torch_npu's operators serve an NPU alone; advance_step.npu_advance_step_flashattn serves any device)"
     )
-
-
-def run(script: str, args: Sequence[str] = ()) -> int:
-    """Run `script` as `python script args...` would, on the emulated NPU, and return its exit code."""
-    try:
-        enable()
-    except RuntimeError as refusal:
-        print(f"advance-step emulate-npu: {refusal}", file=sys.stderr)
-        return 2
-    if not os.path.isfile(script):
-        print(f"advance-step emulate-npu: {script}: no such file", file=sys.stderr)
-        return 2
-    sys.argv[:] = [script, *args]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except Exception as error:
-        report = traceback.TracebackException.from_exception(error)
-        report.stack = traceback.StackSummary.from_list(f for f in report.stack if not _is_plumbing(f.filename))
-        print("".join(report.format()), end="", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _is_plumbing(filename: str) -> bool:
-    """Whether a frame is that of the emulation rather than of the script or of what the script calls."""
-    return filename.startswith(os.path.dirname(__file__)) or filename in (torch._ops.__file__, "<frozen runpy>")
