@@ -82,12 +82,13 @@ def conformance(
     device: Annotated[str, typer.Option(help="Where the tensors are.")] = "cpu",
     skip: Annotated[list[str] | None, typer.Option(help="A clause that the target lacks by design.")] = None,
     format: Annotated[str, typer.Option(help="table, json or markdown.")] = "table",
+    timeout: Annotated[float, typer.Option(help="Seconds after which a clause without an answer fails.")] = 300,
 ) -> None:
     """Hold a function to a contract, clause by clause; without --target, our own executors on this machine."""
     from advance_step.conformance import report
 
     try:
-        code = report.conformance(target, contract, device, skip or [], format)
+        code = report.conformance(target, contract, device, skip or [], format, timeout)
     except ValueError as error:
         sys.exit(f"advance-step conformance: {error}")
     sys.exit(code)

@@ -33,6 +33,30 @@ def test_a_target_that_ends_its_process_fails_every_clause() -> None:
     assert [(r.outcome, r.detail) for r in results] == [("FAILS", "the process ended: exit status 0")] * 2
 
 
+def test_a_target_that_prints_leaves_stdout_to_the_json(capfd: pytest.CaptureFixture[str]) -> None:
+    skip = [name for name in clauses("eagle") if name != "no-rows"]
+    assert conformance("wrong:noisy_eagle", "eagle", skip=skip, form="json") == 0
+    out, err = capfd.readouterr()
+    assert [r["outcome"] for r in json.loads(out)["results"]["wrong:noisy_eagle"]].count("holds") == 1
+    assert {"from Python", "past Python", "from a process"} <= set(err.splitlines())
+
+
+def test_a_target_that_hangs_fails_the_clause() -> None:
+    results = list(check_isolated("wrong:hanging_eagle", [("eagle", "no-rows")], "cpu", timeout=3))
+    assert [r.detail for r in results] == ["the process was killed: by the system, or after 3 s without an answer"]
+
+
+def test_a_target_that_exits_is_heard() -> None:
+    results = list(check_isolated("wrong:exiting_eagle", [("eagle", "no-rows"), ("eagle", "advances")], "cpu"))
+    assert [(r.outcome, r.detail) for r in results] == [("FAILS", "raised SystemExit: 0")] * 2
+
+
+@pytest.mark.parametrize("target", ["wrong:meta_eagle", "wrong:threaded_eagle"])
+def test_what_a_right_target_leaves_behind_changes_no_verdict(target: str) -> None:
+    results = list(check_isolated(target, [("eagle", "advances"), ("eagle", "page-boundary")], "cpu"))
+    assert [r.outcome for r in results] == ["holds", "holds"], results
+
+
 def test_a_target_that_does_not_load() -> None:
     with pytest.raises(NotLoadedError, match="No module named 'no_such_module'"):
         list(check_isolated("no_such_module:f", [("eagle", "advances")], "cpu"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -186,9 +188,41 @@ def dying_eagle(*args: Any) -> None:
 
 
 def quitting_eagle(*args: Any) -> None:
-    """Ends its process, in good order."""
-    raise SystemExit
+    """Ends its process, and says that all is well."""
+    os._exit(0)
 
 
 published = published_npu()
 eagle_without_a_guard = implementation("eagle", last_column_slot)
+
+
+def noisy_eagle(*args: Any) -> None:
+    """Prints from Python, past Python, and from a process of its own; the rule is right."""
+    print("from Python")
+    os.write(1, b"past Python\n")
+    os.system("echo from a process")
+    right_eagle(*args)
+
+
+def hanging_eagle(*args: Any) -> None:
+    """Gives no answer, and leaves a process behind that holds what it was given open."""
+    if os.fork() == 0:
+        time.sleep(600)
+    time.sleep(600)
+
+
+def exiting_eagle(*args: Any) -> None:
+    raise SystemExit(0)
+
+
+def meta_eagle(*args: Any) -> None:
+    """Right, and leaves torch's default device on meta."""
+    torch.set_default_device(None)
+    right_eagle(*args)
+    torch.set_default_device("meta")
+
+
+def threaded_eagle(*args: Any) -> None:
+    """Right, and leaves a thread that does not end."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    right_eagle(*args)

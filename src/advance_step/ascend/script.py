@@ -61,7 +61,7 @@ def _execute(script: str, args: list[str]) -> None:
     elif script == "-c":
         sys.argv[:] = ["-c", *args[1:]]
         _first_on_path("")
-        main.__loader__ = importlib.machinery.BuiltinImporter  # type: ignore[assignment]
+        main.__loader__ = importlib.machinery.BuiltinImporter
         exec(compile(args[0], "<string>", "exec"), vars(main))
     elif os.path.isdir(script) or _is_archive(script):
         sys.argv[:] = [script, *args]
@@ -69,7 +69,7 @@ def _execute(script: str, args: list[str]) -> None:
         runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]
     else:
         sys.argv[:] = [script, *args]
-        path = os.path.abspath(script)
+        path = os.path.join(os.getcwd(), script)  # as python has it: not normalised
         _first_on_path(os.path.dirname(os.path.realpath(script)))
         main.__file__ = path
         main.__cached__ = None  # type: ignore[attr-defined]

@@ -61,7 +61,7 @@ def judge(case: Case, target: Callable[..., object], device: str) -> Fault | Non
             **{name: passed[name] for name in contract.keyword if name in passed},
         )
         after = fetch(held)
-    except Exception as caught:  # a target is anybody's code: whatever it raises is a finding
+    except (Exception, SystemExit) as caught:  # a target is anybody's code: whatever it raises is a finding
         error = caught
         try:
             after = fetch(held)
@@ -103,11 +103,12 @@ def lay_out(args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Place]]:
     for name, cells in args.items():
         if isinstance(cells, Cells):
             dtype = getattr(torch, cells.dtype)
-            values = torch.tensor(cells.values, dtype=torch.int32 if dtype == torch.int32 else torch.int64).to(dtype)
+            integer = torch.int32 if dtype == torch.int32 else torch.int64
+            values = torch.tensor(cells.values, dtype=integer, device="cpu").to(dtype)
             values = values.reshape(cells.shape) if cells.shape is not None else values
             strides = cells.strides or values.stride()
             reach = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True) if size)
-            buffers[name] = torch.full((2 * GUARD + 1 + max(reach, 0),), SENTINEL).to(values.dtype)
+            buffers[name] = torch.full((2 * GUARD + 1 + max(reach, 0),), SENTINEL, device="cpu").to(values.dtype)
             places[name] = Place(name, tuple(values.shape), tuple(strides))
             places[name].of(buffers).copy_(values)
     for name, view in args.items():
@@ -143,8 +144,8 @@ def first_difference(
         # A value that the tensor's dtype cannot hold is not the contract's to ask for, so its cell is open too.
         is_open = [value is None or not info.min <= value <= info.max for value in flat]
         closed = [0 if o else v for o, v in zip(is_open, flat, strict=True)]
-        cells = torch.tensor(closed, dtype=wanted[place.owner].dtype)
-        mask = torch.tensor(is_open, dtype=torch.bool).reshape(place.shape)
+        cells = torch.tensor(closed, dtype=wanted[place.owner].dtype, device="cpu")
+        mask = torch.tensor(is_open, dtype=torch.bool, device="cpu").reshape(place.shape)
         place.of(wanted).copy_(torch.where(mask, place.of(after), cells.reshape(place.shape)))
     for owner, buffer in wanted.items():
         differs = buffer != after[owner]
@@ -164,7 +165,7 @@ def first_difference(
     return None
 
 
-def judge_message(error: Exception, table: str, faults: Mapping[str, int | None]) -> Fault | None:
+def judge_message(error: BaseException, table: str, faults: Mapping[str, int | None]) -> Fault | None:
     """The fault of an error that names none of the arguments in `faults`, or for none of those the right row.
 
     A position without a place may as well be said to be the table's fault.
@@ -180,7 +181,7 @@ def judge_message(error: Exception, table: str, faults: Mapping[str, int | None]
     return Fault(f"the error does not name {expected}: {brief(error)}")
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """The error's type and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 
 from advance_step.conformance.case import CONTRACTS
-from advance_step.conformance.isolated import NotLoadedError, check_isolated
+from advance_step.conformance.isolated import TIMEOUT, NotLoadedError, check_isolated
 from advance_step.conformance.run import FAILS, HOLDS, SKIPPED, Result, clauses, refuse_unknown, skipped
 
 FORMATS = ("table", "json", "markdown")
@@ -16,7 +16,12 @@ EXECUTORS = ("native", "triton", "reference")
 
 
 def conformance(
-    target: str | None, contract: str | None, device: str = "cpu", skip: Collection[str] = (), form: str = "table"
+    target: str | None,
+    contract: str | None,
+    device: str = "cpu",
+    skip: Collection[str] = (),
+    form: str = "table",
+    timeout: float = TIMEOUT,
 ) -> int:
     """Prints what came of every clause and returns the exit status: 1 if one failed.
 
@@ -27,6 +32,8 @@ def conformance(
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
     if target is not None and contract is None:
         raise ValueError(f"contract: expected one of {', '.join(CONTRACTS)} with target {target}, got none")
+    if timeout <= 0:
+        raise ValueError(f"timeout: expected more than 0 seconds, got {timeout:g}")
     contracts = list(CONTRACTS) if contract is None else [contract]
     refuse_unknown(skip, contracts)
     columns: dict[str, list[Result]] = {}
@@ -34,7 +41,7 @@ def conformance(
     for name, environment in _columns(target, device).items():
         pending = [(c, clause) for c in contracts for clause in clauses(c) if clause not in skip]
         try:
-            found = {(r.contract, r.clause): r for r in check_isolated(target, pending, device, environment)}
+            found = {(r.contract, r.clause): r for r in check_isolated(target, pending, device, environment, timeout)}
         except NotLoadedError as error:
             missing[name] = str(error)
             continue
