@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import subprocess
 import tempfile
@@ -31,9 +32,16 @@ class Binary(NamedTuple):
     constants: tuple[tuple[tuple[int, ...], Any], ...]  # the constexpr parameters, by their place
     num_warps: int
 
-    def compile(self, target: GPUTarget) -> Any:
-        source = ASTSource(self.kernel, dict(self.signature), dict(self.constants))
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+    def job(self, target: str) -> tuple[Any, ...]:
+        """What `spilled_once_compiled` takes in another process, to which a kernel goes by its name."""
+        names = self.kernel.fn.__module__, self.kernel.fn.__name__
+        return *names, self.signature, self.constants, self.num_warps, target
+
+
+def spilled_once_compiled(job: tuple[Any, ...]) -> int:
+    module, name, signature, constants, num_warps, target = job
+    source = ASTSource(getattr(importlib.import_module(module), name), dict(signature), dict(constants))
+    return spilled(triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps}))
 
 
 def spilled(compiled: Any) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed (it has w
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1, where nothing is compiled", allow_module_level=True)
 
-from offline import TARGETS, binaries, spilled  # noqa: E402
+from offline import TARGETS, binaries, spilled_once_compiled  # noqa: E402
 
 from advance_step import kernels  # noqa: E402
 from advance_step.kernels import plain  # noqa: E402
@@ -54,14 +57,21 @@ def test_interpreted_against_the_reference():
     assert "skipped" not in ran.stdout
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """Two that compile: threads may not, as CPython 3.11's ast.parse, by which Triton compiles, is not safe in them."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_binary_compiles_for(target):
+def test_every_binary_compiles_for(target, processes):
     """Every mix of dtypes, none that keeps its rows in memory; and they are what `warmup` asks for."""
     with binaries(TARGETS[target]) as wanted:
         kernels.warmup("cpu")
     assert Counter(binary.kernel.__name__ for binary in wanted) == MIXES
-    with ThreadPoolExecutor(2) as pool:
-        spills = dict(zip(wanted, pool.map(lambda b: spilled(b.compile(TARGETS[target])), wanted), strict=True))
+    jobs = [binary.job(target) for binary in wanted]
+    spills = dict(zip(wanted, processes.map(spilled_once_compiled, jobs), strict=True))
     # Triton 3.6 and 3.9 spill nothing; 3.7.1, which torch 2.13 asks for, two words in two binaries for sm_90.
     assert max(spills.values()) <= 8, spills
 
@@ -77,6 +87,26 @@ def test_serving_compiles_nothing_after_warmup(target):
             serve()
         assert served
         assert served <= warmed, served - warmed
+
+
+def test_no_two_threads_compile_at_once():
+    """Each of two first calls waits in Triton's hook for the other, and is not to meet it there."""
+    meeting, met = threading.Barrier(2), []
+
+    def meet(**_):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(meeting.wait(timeout=1))
+        return True  # not compiled
+
+    with binaries(TARGETS["sm_90"]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.runtime, "jit_cache_hook", meet)
+        first_calls = [step(length, INT64, INT64, 2, 0) for length in (INT32, INT64)]
+        threads = [threading.Thread(target=plain.advance_step_flashattn, args=call) for call in first_calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert meeting.broken and not met
 
 
 def test_the_count_sees_a_specialisation():

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,10 +87,15 @@ def jit_by_dtype(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=every, do_not_specialize_on_alignment=every)
 
 
+# The first launch of a binary compiles it by ast.parse, which fails at random where two threads of CPython 3.11 are in
+# it at once. It is held around every launch, as only Triton knows which is the first.
+COMPILING = threading.RLock()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *args: Any, **options: int) -> None:
     """Runs `kernel` with `first` and `args` on the current stream of the device of `first`; no program, no launch."""
     if 0 not in grid:
-        with torch.accelerator.device_index(first.device.index):
+        with torch.accelerator.device_index(first.device.index), COMPILING:
             kernel[grid](first, *args, **options)
 
 
