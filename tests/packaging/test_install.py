@@ -5,6 +5,7 @@ torch comes from the environment of the tests; nothing is fetched.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -145,5 +146,6 @@ def test_no_core_of_an_earlier_build_survives(tmp_path: Path, python_only: str, 
 
 
 def test_one_version() -> None:
-    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert version == advance_step.__version__
+    """What is installed has the version of the source; so has what is cited."""
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited == advance_step.__version__ == importlib.metadata.version("advance-step")
