@@ -13,12 +13,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from columns import BLOCK_SIZE, COLUMNS, WIDTH, State, family_columns, load_noop
 from report import machine, plot, write
 
+MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference mode": torch.inference_mode}
 ROWS = [1, 8, 64, 256, 1024, 4096, 65_536, 1_048_576]
 SLOWEST = 1e6  # µs; a column is not timed at more rows once a call takes longer
 
@@ -40,15 +42,17 @@ def main() -> None:
     copied = {name: COLUMNS[name] for name in ("native", "copy")}
     narrow = measure(copied, State(max(rows), width=8), repeats)
     family = {r: measure(columns, State(r), repeats) for r in rows if r <= 4096}
-    for title, table in (("hot", hot), ("cold", cold), ("family, hot", family)):
+    modes = {r: measure_modes(r, repeats) for r in (8, 256)}
+    for title, table in (("hot", hot), ("cold", cold), ("family, hot", family), ("autograd's modes, hot", modes)):
         print(f"\n{title}, µs per call\n" + as_table(table))
-    print("\n" + bars(hot, family, narrow))
+    print("\n" + bars(hot, family, narrow, modes))
     name = f"operator-cpu-{time.strftime('%Y-%m-%d')}"
     sections = {
         "Hot, µs per call": as_table(hot),
         "Cold (caches evicted before each call), µs per call": as_table(cold),
         "The family, hot, µs per call": as_table(family),
-        "Bars": bars(hot, family, narrow),
+        "Autograd's modes, on tensors made in each, hot, µs per call": as_table(modes),
+        "Bars": bars(hot, family, narrow, modes),
     }
     write(name, f"Operators on the CPU: {machine()}", __doc__ or "", sections)
     plot(name, hot)
@@ -91,6 +95,17 @@ def measure(
     return {name: statistics.median(t) for name, t in times.items() if t}
 
 
+def measure_modes(rows: int, repeats: int) -> dict[str, float]:
+    """The cost of a call in each of autograd's modes, in which writes are or are not counted, beside its floor's."""
+    found = {}
+    for mode, context in MODES.items():
+        with context():
+            columns = {name: COLUMNS[name] for name in ("no-op C++", "native", "public")}
+            times = measure(columns, State(rows), repeats)
+        found |= {f"{name}, {mode}": time for name, time in times.items()}
+    return found
+
+
 def as_table(table: dict[int, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for row in table.values() for name in row))
     lines = ["| rows | " + " | ".join(names) + " |", "| ---: |" + " ---: |" * len(names)]
@@ -100,7 +115,12 @@ def as_table(table: dict[int, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def bars(hot: dict[int, dict[str, float]], family: dict[int, dict[str, float]], narrow: dict[str, float]) -> str:
+def bars(
+    hot: dict[int, dict[str, float]],
+    family: dict[int, dict[str, float]],
+    narrow: dict[str, float],
+    modes: dict[int, dict[str, float]],
+) -> str:
     """The ratios that the project holds itself to; `narrow` is the largest batch on tables of 8 pages."""
     at, most = hot[256], max(hot)
     lines = [
@@ -120,6 +140,9 @@ def bars(hot: dict[int, dict[str, float]], family: dict[int, dict[str, float]], 
             family[256]["plain"],
         ),
     ]
+    for mode in MODES:
+        native, floor = modes[256][f"native, {mode}"], modes[256][f"no-op C++, {mode}"]
+        lines.append(ratio(f"native (torch.ops) / C++ no-op of the same schema, 256 rows, {mode}", native, floor, 1.35))
     if most > 65_536:
         what = f"native / copying as many bytes (28 a row), {most:,} rows"
         lines.append(ratio(f"{what}, tables of 8 pages", narrow["native"], narrow["copy"], 2.5))
