@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BUILD := --no-build-isolation --no-deps
+ASCEND := .venv-ascend
 CSRC := $(wildcard src/advance_step/csrc/*)
 PACKAGE := $(VENV)/package-$(ADVANCE_STEP_BUILD)
 SANITIZE_TESTS ?= tests/test_operators.py tests/test_errors.py tests/conformance/test_properties.py
@@ -49,6 +50,18 @@ test-sanitize: $(VENV)/test ## the operators' tests with the core under AddressS
 		ASAN_OPTIONS=detect_leaks=0 ADVANCE_STEP_BACKEND=native PYTHONPATH=build/sanitize \
 		$(BIN)/python -m pytest $(SANITIZE_TESTS) $(ARGS)
 
+# Ascend's compiler takes the place of Triton's, so it has an environment of its own; the package is not installed there.
+test-ascend: ## lower the Triton kernels by Ascend's compiler, and run what they were lowered to on this CPU
+	@skip() { echo "make test-ascend: SKIPPED: $$1"; exit 0; }; \
+	[ "$$(uname -sm)" = "Linux x86_64" ] || skip "triton-ascend has wheels for x86-64 Linux alone, this is $$(uname -sm)"; \
+	command -v cc >/dev/null || skip "it needs a C compiler (cc)"; \
+	for python in $(PYTHON) python3.11 python3.10; do \
+		$$python -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 10), (3, 11)])' 2>/dev/null && break; python=; \
+	done; \
+	[ "$$python" ] || skip "triton-ascend needs Python 3.10 or 3.11, and there is none"; \
+	$(MAKE) --no-print-directory $(ASCEND)/test PYTHON=$$python && \
+	PYTHONPATH=src $(ASCEND)/bin/python -m pytest -c tests/lowered/pytest.ini tests/lowered $(ARGS)
+
 # On a machine with a GPU, in the Python that has torch there: no .venv, nothing is fetched.
 test-gpu: ## build the CUDA core into $(PYTHON)'s environment and run tests/gpu there
 	ADVANCE_STEP_BUILD=1 $(PYTHON) -m pip install --quiet $(BUILD) --editable .
@@ -65,7 +78,7 @@ lock: ## resolve requirements/lock.txt from pyproject.toml (needs uv; ARGS=--upg
 	sed -i -E '/^(torch|cuda-|nvidia-)/d' requirements/lock.txt
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ASCEND) build dist src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/python:
@@ -89,4 +102,9 @@ $(VENV)/test: requirements/lock.txt $(VENV)/torch
 	$(PIP) install --requirement requirements/torch.txt --requirement requirements/lock.txt
 	@touch $@
 
-.PHONY: help demo test lint format wheel bench test-sanitize test-gpu gpu-report lock clean
+$(ASCEND)/test: requirements/torch.txt requirements/ascend.txt
+	$(PYTHON) -m venv $(ASCEND)
+	$(ASCEND)/bin/python -m pip --quiet --disable-pip-version-check install $(foreach file,$^,--requirement $(file))
+	@touch $@
+
+.PHONY: help demo test lint format wheel bench test-sanitize test-ascend test-gpu gpu-report lock clean

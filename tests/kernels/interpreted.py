@@ -1,4 +1,5 @@
-"""Every kernel in Triton's interpreter, bit for bit against the reference twin. `test_kernels.py` runs this file.
+"""Every kernel, bit for bit against the reference twin: `test_kernels.py` runs this file in Triton's interpreter, and
+`tests/lowered/` on what triton-ascend makes of the kernels.
 
 The kernels are called themselves, not through the operators, whose checks on a CPU would refuse the values without a
 meaning that half of these cases are about. Every tensor lies in a buffer of sentinels with strides of its own; the
@@ -8,7 +9,6 @@ whole buffer is compared, so that a write out of place is seen.
 from __future__ import annotations
 
 import itertools
-import os
 from random import Random
 from typing import Any
 
@@ -16,8 +16,6 @@ import pytest
 import torch
 
 from advance_step import kernels, reference
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "tests/kernels/test_kernels.py runs this file as it has to be run"
 
 INT32, INT64 = torch.int32, torch.int64
 SENTINEL = -77
@@ -301,6 +299,31 @@ def test_until_stop_many_rows(groups):
         return case, until_stop(case, 8449, (INT32, INT32, INT32, INT64, INT32), groups)
 
     compare("advance_until_stop", make)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 129])
+@pytest.mark.parametrize(
+    "name", ["advance_step_flashattn", "advance_step_flashinfer", "npu_advance_step_flashattn", "advance_until_stop"]
+)
+def test_sampled_tokens_in_place(name, rows):
+    """The sampled tokens may be the input tokens themselves."""
+
+    def make():
+        case = Case((name, rows))
+        if name == "npu_advance_step_flashattn":
+            call = speculative(case, rows, 3, flat=False)
+            call["input_tokens"] = call["sampled_token_ids"]
+        else:
+            if name == "advance_until_stop":
+                call = until_stop(case, rows, (INT64, INT32, INT32, INT64, INT32), 2)
+            elif name == "advance_step_flashinfer":
+                call = flashinfer(case, rows, rows, (INT32, INT64, INT64), rows * 7, 16)
+            else:
+                call = plain(case, rows, rows, (INT64, INT32, INT64), 16)
+            call["sampled_token_ids"] = call["input_tokens"]
+        return case, call
+
+    compare(name, make)
 
 
 def test_every_outcome_of_until_stop_is_among_the_cases():

@@ -57,7 +57,7 @@ GPU = Tiles(
 )
 TILES = {
     "npu": Tiles(
-        rows=8, scan_rows=1024, copy_rows=8, copy_columns=512, column_programs=6, scan_options={}, lane_masks=False
+        rows=8, scan_rows=256, copy_rows=8, copy_columns=512, column_programs=6, scan_options={}, lane_masks=False
     ),
 }
 MOST_PROGRAMS = 65535  # of a grid on an NPU
