@@ -50,7 +50,8 @@ def layouts_of(model: Any) -> list[LayerLayout]:
         # Without a mask, transformers looks into the positions for several packed sequences: on the meta device there
         # is nothing to look at.
         given = {"attention_mask": tokens} if tokens.is_meta else {}
-        model(input_ids=tokens, use_cache=False, recorded=layouts, **given)
+        keep = torch.arange(2, device=model.device)  # as a prefill says it: for a number some models cut the masks
+        model(input_ids=tokens, use_cache=False, logits_to_keep=keep, recorded=layouts, **given)
     if not layouts:
         raise ValueError("no layer called attention")
     return layouts

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from advance_step.decode.attention import DecodeStep, Prefill, paged
 from advance_step.decode.cache import LayerLayout, PagedKVCache
@@ -39,7 +40,9 @@ def check_model(model: Any) -> list[LayerLayout]:
         raise ValueError(f"model: {name} cannot be decoded over pages: {reason}")
     try:
         layouts = layouts_of(model)
-        reason = None if model.device.type == "meta" else _probe(model, layouts)
+        reason = _window_by_cache(model, layouts)
+        if not reason and model.device.type != "meta":
+            reason = _probe(model, layouts)
     except Exception as error:  # of any kind: it is the model's own code that runs
         raise ValueError(f"model: {name} cannot be decoded over pages: {error}") from error
     if reason:
@@ -60,6 +63,14 @@ def _known_to_fail(model: Any) -> str | None:
     return None
 
 
+def _window_by_cache(model: Any, layouts: list[LayerLayout]) -> str | None:
+    """A window that only transformers' cache has: generate drops keys that the model's own forward still sees."""
+    config = model.config.get_text_config()
+    if any(DynamicCache(config=config).is_sliding) and not any(layout.window for layout in layouts):
+        return f"transformers' cache keeps {config.sliding_window} tokens, of which its attention is not told"
+    return None
+
+
 def _rope_types(config: Any) -> set[str]:
     """The kinds of rotary positions in a config: one for all layers, or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
@@ -76,15 +87,17 @@ def _probe(model: Any, layouts: list[LayerLayout]) -> str | None:
     tokens = torch.randint(vocabulary // 4, vocabulary, (len(LENGTHS), total), generator=generator).to(model.device)
     with attending_by(model, "eager"):
         own = model(input_ids=tokens, use_cache=False).logits
+        response = _difference(_nudged(model, tokens).flatten(0, 1), own.flatten(0, 1))
     with paged(model):
         passes = _over_pages(model, layouts, tokens)
-    tolerance = max(1e-3, 32 * torch.finfo(own.dtype).eps)
+    floor = max(1e-3, 16 * torch.finfo(model.dtype).eps)
+    tolerance = min(max(floor, 8 * response), 0.5)
     for what, rows, positions, logits in passes:
         expected = own[rows, positions]
         if logits.shape != expected.shape:
             return f"{what}: expected logits {list(expected.shape)}, got {list(logits.shape)}"
         if not (difference := _difference(logits, expected)) <= tolerance:
-            found = f"{difference:.2g} of their spread, where {tolerance:.2g} is rounding"
+            found = f"{difference:.2g} of their spread, {tolerance:.2g} are allowed for rounding"
             return f"its logits differ from its own attention's by {found} ({what})" + (
                 ", in training mode: call model.eval()" if model.training else ""
             )
@@ -94,14 +107,31 @@ def _probe(model: Any, layouts: list[LayerLayout]) -> str | None:
 def _difference(logits: Tensor, expected: Tensor) -> float:
     """How far logits [tokens, vocabulary] are from what is expected, as a share of the spread of a token's logits.
 
-    Root mean squares over the vocabulary, and of the tokens the median. Rounding is relative to the spread, and grows
-    with the depth of a model: 2e-5 of it in float32 and 3e-2 in bfloat16 are usual, and the tolerance is 32 times the
-    dtype's step. What is wrong by construction (another position, a key too many) moves all tokens by a tenth and
-    more; a router that chooses another expert because of rounding moves a token as far, but only few of them.
+    Root mean squares over the vocabulary, and of the tokens the median. Between attention over pages and a model's own
+    this was at most 3e-6 in float32, 4e-3 in float16 and 4e-2 in bfloat16, over the families of the tests, save a
+    recurrent one that makes much of any rounding: so the tolerance is 16 steps of the dtype, or 8 times what the model
+    makes of one rounding of its embeddings, if that is more, up to a half. What is wrong by construction (another position, a key too
+    many) moves all tokens, by a share near 1. A router that takes another expert because of rounding moves a token as
+    far, but only few of them: therefore the median.
     """
     logits, expected = logits.float(), expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean(-1).sqrt()
     return float(((logits - expected).square().mean(-1).sqrt() / spread).median())
+
+
+def _nudged(model: Any, tokens: Tensor) -> Tensor:
+    """The model's own logits if each element of its embeddings is off by one rounding."""
+
+    def nudge(module: Any, args: Any, out: Tensor) -> Tensor:
+        up = torch.arange(out.numel(), device=out.device).view(out.shape) % 3 == 0
+        return out * torch.where(up, 1 + torch.finfo(out.dtype).eps, 1 - torch.finfo(out.dtype).eps).to(out.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits
 
 
 def _over_pages(model: Any, layouts: list[LayerLayout], tokens: Tensor) -> list[tuple[str, Tensor, Tensor, Tensor]]:
