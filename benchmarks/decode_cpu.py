@@ -26,8 +26,8 @@ import transformers
 from report import machine, write
 
 from advance_step.decode import Decoder, Request, SamplingParams
+from advance_step.decode.text import encode
 from advance_step.generate.model import load_model
-from advance_step.generate.prompts import encode, read_prompts
 
 BLOCK_SIZE = 16
 WARM = 2  # steps
@@ -59,8 +59,8 @@ def measured(rows: int, options: argparse.Namespace) -> tuple[dict[str, list[flo
     """The seconds of a step of every column, round by round, and those of the first compiled run."""
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load_model(None, getattr(torch, options.dtype), print)
-    texts = [prompt.text for prompt in read_prompts(PROMPTS)]
-    prompts = [encode(tokenizer, texts[row % len(texts)], raw=False) for row in range(rows)]
+    texts = PROMPTS.read_text().splitlines()
+    prompts = [encode(tokenizer, [{"role": "user", "content": texts[row % len(texts)]}]) for row in range(rows)]
     columns, compiling = {"eager": paged(model, prompts, options.new_tokens, compile=False)}, None
     if not options.quick:
         begin = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from advance_step.cli import app
+from advance_step.generate.inputs import open_input
 from advance_step.generate.model import load_model
-from advance_step.generate.prompts import read_prompts
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXTS = ["Why is the sky blue?", "Name three colours.", "Hi"]
@@ -34,6 +34,14 @@ def lines(path: Path) -> list[dict]:
 def without(*modules: str) -> str:
     """Code after which these modules are as good as not installed."""
     return f"import sys; sys.modules.update(dict.fromkeys({modules!r}))"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A directory with a tiny model and its tokenizer."""
+    from tiny_directory import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -85,38 +93,18 @@ def test_one_prompt_goes_to_stdout(expected):
     assert ran.stderr.startswith("1 prompt, 8 tokens in ")
 
 
-def test_resume_decodes_what_is_missing(job, tmp_path):
-    _, output = job
-    whole = output.read_text().split("\n")
-    partial = tmp_path / "out.jsonl"
-    partial.write_text(whole[0] + "\n" + whole[1][:20])  # killed in the middle of a line
-    options = ["--dtype", "float32", "--max-new-tokens", 8, "--input", output.parent / "in.jsonl", "--output", partial]
-    refused = advance_step("generate", *options)
-    assert refused.returncode == 1
-    assert f"--output: expected a new file, got {partial}, which exists (--resume goes on with it)" in refused.stderr
-    ran = advance_step("generate", *options, "--resume")
-    assert ran.returncode == 0, ran.stderr
-    assert "2 prompts, " in ran.stderr
-    assert sorted(lines(partial), key=lambda line: line["id"]) == sorted(lines(output), key=lambda line: line["id"])
-    again = advance_step("generate", *options, "--resume")
-    assert (again.returncode, again.stderr) == (0, f"{partial} has every prompt already\n")
-
-
-def test_an_interrupted_job_keeps_what_is_finished(tmp_path):
-    (tmp_path / "in.txt").write_text("".join(f"Count to {n}.\n" for n in range(2, 42)))
-    output = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "advance_step", "generate", "--input", str(tmp_path / "in.txt")]
-    options = ["--output", str(output), "--max-new-tokens", "12", "--batch-size", "2"]
-    running = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    while running.poll() is None and not (output.exists() and output.read_text().count("\n") >= 2):
-        pass
-    running.send_signal(signal.SIGINT)
-    _, stderr = running.communicate(timeout=60)
-    kept = len(lines(output))
-    assert running.returncode == 130
-    assert 2 <= kept < 40
-    said = f"interrupted: {kept} of 40 prompts are finished and kept in {output} (--resume goes on from there)"
-    assert stderr.splitlines()[-1] == said
+def test_nobody_reads_and_characters_that_the_locale_has_not(tiny):
+    """`... | head -1` ends quietly; an ASCII locale takes an argument in UTF-8 and prints what it can."""
+    script = f"""
+        set -o pipefail; run() {{ "$PYTHON" -m advance_step generate --model {tiny} --max-new-tokens 4 "$@"; }}
+        printf 'a\\nb\\nc\\n' | run --input - --output - --batch-size 1 | head -1; echo "codes ${{PIPESTATUS[*]}}"
+        LC_ALL=C PYTHONIOENCODING=ascii PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 FORCE_COLOR=1 run "a caf\u00e9" "b"
+    """
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, env=os.environ | {"PYTHON": sys.executable})
+    first, codes, *texts = ran.stdout.decode("ascii").splitlines()
+    assert json.loads(first)["prompt"] == "a" and codes == "codes 0 141 0"
+    assert ran.returncode == 0 and "[1] a caf?" in texts and "[2] b" in texts
+    assert b"Broken pipe" not in ran.stderr and b"Traceback" not in ran.stderr and b"\x1b" not in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -127,10 +115,13 @@ def test_an_interrupted_job_keeps_what_is_finished(tmp_path):
         (["--input", "nowhere.txt"], "--input: expected a file, got nowhere.txt"),
         (["x", "--dtype", "int8"], "--dtype: expected one of float32, bfloat16, float16, got int8"),
         (["x", "--model", "nowhere"], "--model: expected a directory or a .gguf file, got nowhere"),
-        (["word " * 9000, "--raw"], "prompt 1: expected fewer than 8192 tokens (the context), got 9001"),
+        (["x", "--top-p", "2"], "top_p: expected 0 <= top_p <= 1, got 2.0"),
+        (["x", "--resume"], "--resume: expected an --output to go on with, got none"),
+        (["--input", "examples/prompts.txt", "--output", "."], "--output: expected a file, got ., a directory"),
     ],
 )
-def test_bad_input_is_an_error_before_any_work(arguments, said):
+def test_bad_input_is_an_error_before_any_work(arguments, said, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
     ran = CliRunner().invoke(app, ["generate", *arguments])
     assert (ran.exit_code, ran.output) == (1, f"advance-step generate: {said}\n")
 
@@ -140,7 +131,9 @@ def test_a_device_that_is_not_there():
     assert ran.exit_code == 1 and ran.output.startswith("advance-step generate: no device 'cuda:77': ")
 
 
-@pytest.mark.parametrize("option", ["--block-size", "--batch-size", "--max-new-tokens", "--window"])
+@pytest.mark.parametrize(
+    "option", ["--block-size", "--batch-size", "--max-new-tokens", "--steps-per-sync", "--num-pages"]
+)
 def test_sizes_below_one_are_refused(option):
     ran = CliRunner().invoke(app, ["generate", "x", option, "0"])
     assert ran.exit_code == 2
@@ -165,5 +158,7 @@ def test_generate_says_what_to_install(missing):
 
 
 def test_example_prompts_are_good_input():
-    assert len(read_prompts(EXAMPLES / "prompts.txt")) == 8
-    assert [prompt.id for prompt in read_prompts(EXAMPLES / "prompts.jsonl")] == ["sky", "rain", "lock", "mail"]
+    texts, objects = (
+        list(open_input(str(EXAMPLES / name), False).records) for name in ("prompts.txt", "prompts.jsonl")
+    )
+    assert len(texts) == 8 and [prompt.id for prompt in objects] == ["sky", "rain", "lock", "mail"]

@@ -1,12 +1,16 @@
 """The commands of `advance-step`: each parses, calls the room that does the work, and prints."""
 
+import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+# Groups of options in --help.
+FILES, MODEL, TEXT, BATCH = "Files", "Model", "Text", "Batch"
+BY_MODEL = "as the model's generation_config; greedy"
 
 
 @app.callback()
@@ -26,48 +30,166 @@ def info() -> None:
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or give --input.", show_default=False)] = None,
     input: Annotated[
-        Path | None, typer.Option(help='A prompt a line (.txt), or {"prompt": ..., "id": ...} (.jsonl).')
+        str | None,
+        typer.Option(
+            help='A file, also .gz, or - for stdin: {"prompt": ...} or {"messages": ...} a line, lines of the OpenAI '
+            "batch format, or a prompt a line (.txt).",
+            rich_help_panel=FILES,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write each finished prompt here, as a JSON line.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an --output that exists: skip what it has.")] = False,
+    output: Annotated[
+        str | None, typer.Option(help="Write each result here, as a JSON line; - for stdout.", rich_help_panel=FILES)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with an --output that exists: skip what it has.", rich_help_panel=FILES)
+    ] = False,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Write results in the order of the input.", rich_help_panel=FILES)
+    ] = False,
     model: Annotated[
-        str | None, typer.Option(help="A transformers directory or a .gguf file.", show_default="SmolLM2-135M-Instruct")
+        str | None,
+        typer.Option(
+            help="A transformers directory or a .gguf file.",
+            show_default="SmolLM2-135M-Instruct",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to decode: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode for each prompt, at most.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are decoded together.")] = 8,
+    device: Annotated[str, typer.Option(help="Where to decode: cpu, cuda, cuda:1.", rich_help_panel=MODEL)] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MODEL)] = "bfloat16",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the decode step: a minute or two, then faster.", rich_help_panel=MODEL),
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Do not put prompts into the model's chat template.", rich_help_panel=TEXT)
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to decode for each prompt, at most.", rich_help_panel=TEXT)
+    ] = 128,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens before which a text does not end.", rich_help_panel=TEXT)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0: the likeliest token.", show_default=BY_MODEL, rich_help_panel=TEXT)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Likeliest tokens of this probability.", show_default=BY_MODEL, rich_help_panel=TEXT),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="So many likeliest tokens.", show_default=BY_MODEL, rich_help_panel=TEXT)
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Tokens of this share of the likeliest's.", show_default=BY_MODEL, rich_help_panel=TEXT),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="1: none.", show_default=BY_MODEL, rich_help_panel=TEXT)
+    ] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=TEXT)] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=TEXT)] = None,
+    seed: Annotated[int, typer.Option(help="Each line draws by it and its number.", rich_help_panel=TEXT)] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends a result; may be repeated.", rich_help_panel=TEXT)
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="Log-probabilities of each token and of so many likeliest.", rich_help_panel=TEXT),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="The model's end of a text ends nothing.", rich_help_panel=TEXT)
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts that are decoded together.", rich_help_panel=BATCH)
+    ] = 8,
     block_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens in a page of the KV cache.", show_default="16; 256 where a kernel asks for it"
+            min=1,
+            help="Tokens in a page of the KV cache.",
+            show_default="16; 256 where a kernel asks for it",
+            rich_help_panel=BATCH,
         ),
     ] = None,
-    window: Annotated[
+    num_pages: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps between two looks of the host at the rows.", show_default="1; 8 on a GPU"),
+        typer.Option(min=1, help="Pages of the KV cache.", show_default="what the rows need", rich_help_panel=BATCH),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Do not put prompts into the model's chat template.")] = False,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step: a minute or two, then faster.")
-    ] = False,
+    steps_per_sync: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between two looks of the host at the rows.",
+            show_default="1; 8 on a GPU",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens of a prefill pass, at most.", rich_help_panel=BATCH)
+    ] = 4096,
+    draft_tokens: Annotated[
+        int,
+        typer.Option(min=0, help="Tokens guessed from the text so far and verified in a step.", rich_help_panel=BATCH),
+    ] = 0,
     verify: Annotated[
         int, typer.Option(min=0, help="Compare that many prompts with transformers' generate, in float32.")
     ] = 0,
 ) -> None:
-    """Decode prompts, greedily, with a Hugging Face causal LM over a paged KV cache."""
+    """Decode prompts with a Hugging Face causal LM over a paged KV cache.
+
+    Exit code: 0; 1 if a line failed or was not verified; 2 for bad options; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    from advance_step.generate.interrupts import BROKEN_PIPE, exit_code, terminable
+
     try:
-        from advance_step.generate import job
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in ("transformers", "rich"):
-            raise
-        sys.exit(f'advance-step generate: {missing} is not installed: pip install "advance-step[models]"')
-    settings = job.Settings(model, device, dtype, max_new_tokens, batch_size, block_size, window, raw, compile, verify)
-    try:
-        code = job.generate(prompts or [], input, output, resume, settings)
+        with terminable():
+            try:
+                from advance_step.generate import job
+                from advance_step.generate.settings import Settings
+            except ModuleNotFoundError as error:
+                missing = (error.name or "").split(".")[0]
+                if missing not in ("transformers", "rich"):
+                    raise
+                sys.exit(f'advance-step generate: {missing} is not installed: pip install "advance-step[models]"')
+            sampling = {
+                "max_new_tokens": max_new_tokens,
+                "min_new_tokens": min_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "presence_penalty": presence_penalty,
+                "frequency_penalty": frequency_penalty,
+                "seed": seed,
+                "stop": stop or None,
+                "logprobs": logprobs,
+                "ignore_eos": ignore_eos or None,
+            }
+            settings = Settings(
+                model=model,
+                device=device,
+                dtype=dtype,
+                raw=raw,
+                sampling={name: value for name, value in sampling.items() if value is not None},
+                batch_size=batch_size,
+                block_size=block_size,
+                num_pages=num_pages,
+                steps_per_sync=steps_per_sync,
+                max_num_batched_tokens=max_num_batched_tokens,
+                draft_tokens=draft_tokens,
+                compile=compile,
+                ordered=ordered,
+                verify=verify,
+            )
+            code = job.generate(prompts or [], input, output, resume, settings)
+    except BrokenPipeError:  # nobody reads any more; and nothing is to be flushed to them at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
     except (ValueError, OSError) as error:
         sys.exit(f"advance-step generate: {error}")
+    except KeyboardInterrupt as interrupt:
+        code = exit_code(interrupt)
     sys.exit(code)
 
 

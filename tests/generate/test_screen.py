@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 from advance_step.decode.request import Figures, Request
-from advance_step.generate.screen import summary, text_stream
+from advance_step.generate.records import BadLine, Prompt
+from advance_step.generate.screen import as_read, failures, progress_bar, progress_line, summary, text_stream, write
+from advance_step.generate.texts import Text
 
 
 def test_text_grows_and_half_characters_wait(real):
@@ -41,3 +46,34 @@ def test_summary():
     figures.advance_seconds = 0.0
     assert summary(figures, 3) == "3 prompts, 50 tokens in 5.0 s: 10.0 tokens/s, 400.0 ms per step"
     assert summary(Figures(tokens=1, prefill_seconds=0.5), 1) == "1 prompt, 1 token in 0.5 s"
+
+
+def test_a_character_that_the_terminal_has_not_is_replaced(monkeypatch):
+    for encoding, expected in (
+        ("ascii", b"na?ve ?"),
+        ("latin-1", b"na\xefve ?"),
+        ("utf-8", "na\u00efve \u2713".encode()),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream := io.BytesIO(), encoding=encoding))
+        write("na\u00efve \u2713")
+        assert stream.getvalue() == expected
+
+
+def test_a_log_has_no_bar_whatever_the_environment_says(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with progress_bar() as bar:
+        bar.update(bar.add_task("", total=2), completed=1, description="x")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_words_for_a_reader():
+    text = Text(" It is. ", [1], "stop")
+    assert as_read(Prompt(1, "a", "Is it?", True), [text]) == "[a] Is it?\nIt is.\n\n"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert as_read(Prompt(1, 1, chat, True), [text, text]) == "[1] u\nIt is.\n\nIt is.\n\n"
+    assert as_read(Prompt(1, 1, [5, 6], True), [text]) == "[1] [5, 6]\nIt is.\n\n"
+    assert failures(2, None, None) == "2 lines failed in an earlier run"
+    assert failures(1, BadLine(3, "why"), None) == "1 line failed"
+    figures = Figures(steps=10, tokens=50, prefill_seconds=1.0, decode_seconds=4.0)
+    assert progress_line(figures, 3) == "50 tokens, 10 tokens/s, 3 rows live"

@@ -7,7 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from advance_step.decode import Decoder, Figures, Request
+from advance_step.decode.request import Figures, Request
+from advance_step.decode.text import text_of
+from advance_step.generate.outputs import Output
+from advance_step.generate.records import BadLine, Prompt
+from advance_step.generate.texts import Text
 
 
 def say(line: str) -> None:
@@ -15,24 +19,46 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def write(text: str) -> None:
+    """Put a text on stdout; what its encoding does not have becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), end="", flush=True)
+
+
+def as_read(prompt: Prompt, texts: list[Text]) -> str:
+    """A result for a reader: the prompt, or a chat's last turn, and what was made of it."""
+    content = prompt.content
+    asked = content if isinstance(content, str) else content[-1]
+    shown = asked["content"] if isinstance(asked, dict) else asked if isinstance(asked, str) else content
+    return f"[{prompt.id}] {shown}\n" + "".join(f"{text.text.strip()}\n\n" for text in texts)
+
+
+def failures(count: int, first: BadLine | None, out: Output | None) -> str:
+    """The line that says how many lines failed, and why the first one of this run did."""
+    line = "1 line failed" if count == 1 else f"{count} lines failed"
+    if first is None:
+        return f"{line} in an earlier run"
+    return f"{line}, the first: {first}" if out else line
+
+
 def progress_bar() -> Progress:
     """Prompts done, tokens, tokens per second, live rows; on stderr, and only if that is a terminal."""
-    console = Console(stderr=True)
+    terminal = sys.stderr.isatty()  # rich would take FORCE_COLOR for one
+    console = Console(stderr=True, force_terminal=terminal)
     return Progress(
         MofNCompleteColumn(),
         TextColumn("prompts"),
         BarColumn(),
         TextColumn("{task.description}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=not terminal,
         redirect_stdout=sys.stdout.isatty(),  # texts printed under the bar scroll above it; a pipe keeps its own
     )
 
 
-def progress_line(decoder: Decoder) -> str:
+def progress_line(figures: Figures, live: int) -> str:
     """The moving part of the bar."""
-    figures = decoder.figures
-    return f"{figures.tokens} tokens, {figures.tokens / figures.seconds:.0f} tokens/s, {decoder.num_rows} rows live"
+    return f"{figures.tokens} tokens, {figures.tokens / figures.seconds:.0f} tokens/s, {live} rows live"
 
 
 def summary(figures: Figures, finished: int) -> str:
@@ -57,7 +83,7 @@ def text_stream(tokenizer: Any, write: Callable[[str], Any]) -> Callable[[Reques
 
     def stream(request: Request) -> None:
         nonlocal written
-        text = tokenizer.decode(request.tokens, skip_special_tokens=True)
+        text = text_of(tokenizer, request)
         if request.finish_reason or not text.endswith("\ufffd"):
             write(text[len(written) :])
             written = text

@@ -1,0 +1,72 @@
+"""A decoder for a run of the command: its sizes, and whether the machine has what it takes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from advance_step.decode.cache import LayerLayout, PagedKVCache
+from advance_step.decode.layouts import layouts_of
+from advance_step.decode.loop import Decoder
+from advance_step.decode.model_check import check_model
+from advance_step.decode.paged_kernels import default_block_size
+from advance_step.generate.memory import free_memory, pages_for
+from advance_step.generate.model import context_length, stop_token_ids
+from advance_step.generate.settings import Settings
+
+# Steps between two looks of the host, where no option says otherwise. On a GPU a look costs as much as some steps.
+STEPS_PER_SYNC = {"cuda": 8}
+
+
+def make_decoder(model: Any, tokenizer: Any, settings: Settings, most: int | None) -> Decoder:
+    """A decoder for requests as long as the model's context, as far as there is memory.
+
+    most: requests that there will be, at most.
+    Raises ValueError for a model that cannot be decoded, a cache that does not fit, and --compile without a compiler.
+    """
+    try:
+        layouts, context = layouts_of(model), context_length(model)
+    except Exception:
+        check_model(model)  # which says of a model that cannot be served why
+        raise
+    if settings.compile and model.device.type == "cpu":
+        check_compiler()
+    block_size = settings.block_size or default_block_size(model)
+    batch_size = min(settings.batch_size, most or settings.batch_size)
+    free, page = free_memory(model.device), page_bytes(layouts, block_size, model.dtype)
+    new = settings.sampling["max_new_tokens"]
+    num_pages = pages_for(settings.num_pages, page, free, batch_size, context, new, block_size)
+    by_default = 1 if settings.draft_tokens else STEPS_PER_SYNC.get(model.device.type, 1)
+    try:
+        return Decoder(
+            model,
+            batch_size=batch_size,
+            block_size=block_size,
+            max_seq_len=context,
+            num_pages=num_pages,
+            stop_token_ids=stop_token_ids(model),
+            tokenizer=tokenizer,
+            steps_per_sync=settings.steps_per_sync or by_default,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            draft_tokens=settings.draft_tokens,
+            compile=settings.compile,
+        )
+    except (RuntimeError, MemoryError) as error:  # torch's allocators say it as RuntimeError
+        raise ValueError(f"--num-pages: no memory for a KV cache of {num_pages} pages: {error}") from error
+
+
+def page_bytes(layouts: Sequence[LayerLayout], block_size: int, dtype: torch.dtype) -> int:
+    """What a page takes in all layers."""
+    spare = PagedKVCache.allocate(layouts, 0, block_size, dtype, torch.device("meta"))
+    return sum(layer.nbytes for layer in spare.layers)
+
+
+def check_compiler() -> None:
+    """ValueError where torch.compile would find no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError("--compile: expected a C++ compiler (g++, or what CXX names), got none") from error

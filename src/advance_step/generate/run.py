@@ -1,0 +1,161 @@
+"""One run of the job: lines become requests as rows get free, and requests results as they finish."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from advance_step.decode.loop import Decoder
+from advance_step.decode.request import Request
+from advance_step.generate import screen
+from advance_step.generate.engine import make_decoder
+from advance_step.generate.in_order import InOrder
+from advance_step.generate.inputs import Input
+from advance_step.generate.model import context_length, load_model
+from advance_step.generate.outputs import Output
+from advance_step.generate.records import BadLine, LineError, Prompt, digest_of_id
+from advance_step.generate.requests import remarks, to_requests, to_text
+from advance_step.generate.results import error_result, result
+from advance_step.generate.settings import DTYPES, Settings
+from advance_step.generate.verify import verify
+
+
+@dataclass
+class Pending:
+    """A prompt that is being decoded: its samples, and how many of them are not finished."""
+
+    prompt: Prompt
+    requests: list[Request]
+    unfinished: int
+
+
+class Run:
+    """What is on its way from the input to the output, or, without one, to the screen.
+
+    finished: prompts that are, with those of an earlier run.
+    """
+
+    def __init__(self, source: Input, out: Output | None, settings: Settings) -> None:
+        self.source = source
+        self.out = out
+        self.settings = settings
+        self.finished = len(out.done) if out else 0
+        self.num_failed = len(out.failed_lines) if out else 0
+        self.first_failed: BadLine | None = None
+        self.pending: dict[int | str, Pending] = {}  # by the id of their requests, the line
+        self.order = InOrder(settings.ordered)
+        # Of the first prompts, as many as are to be verified; with the request, where this run decodes it.
+        self.to_verify: list[tuple[Prompt, Request | None]] = []
+
+    def run(self) -> int:
+        """Decode what is not decoded yet, and verify; returns the exit code."""
+        todo = self._unfinished_records()
+        first = next(todo, None)
+        verified = True
+        if first is None and not self.to_verify:
+            name = self.out.name if self.out else self.source.name
+            screen.say(f"{name} has every prompt already")
+        else:
+            disable_progress_bar()  # transformers' own
+            model, tokenizer = load_model(
+                self.settings.model, DTYPES[self.settings.dtype], screen.say, self.settings.device
+            )
+            if first is not None:
+                self._decode(model, tokenizer, chain([first], todo))
+            if self.settings.verify:
+                verified = verify(model, tokenizer, self.to_verify, self.settings)
+        if self.num_failed:
+            screen.say(screen.failures(self.num_failed, self.first_failed, self.out))
+        return 0 if verified and not self.num_failed else 1
+
+    def _unfinished_records(self) -> Iterator[Prompt | BadLine]:
+        """The lines of the input that the output does not have."""
+        for record in self.source.records:
+            if self.out and record.line in self.out.failed_lines:
+                continue
+            if self.out and isinstance(record, Prompt) and digest_of_id(record.id) in self.out.done:
+                self.out.done.remove(digest_of_id(record.id))  # an id comes once
+                self._note_for_verify(record, None)
+                continue
+            yield record
+
+    def _note_for_verify(self, prompt: Prompt, request: Request | None) -> None:
+        if len(self.to_verify) < self.settings.verify:
+            self.to_verify.append((prompt, request))
+
+    def _decode(self, model: Any, tokenizer: Any, records: Iterator[Prompt | BadLine]) -> None:
+        """Decode the records and hand out each result: a text as it grows if it is the only one and for the screen."""
+        decoder = make_decoder(model, tokenizer, self.settings, self.source.total)
+        if decoder.captured:
+            screen.say(f"on {self.settings.device}: steps captured in CUDA graphs, attention by {decoder.attention}")
+        for remark in remarks(model, self.settings.sampling):
+            screen.say(remark)
+        before = self.finished
+        alone = self.out is None and self.source.total == 1
+        stream = screen.text_stream(tokenizer, screen.write)
+        with screen.progress_bar() as bar:
+            task = bar.add_task("", total=self.source.total, completed=before, visible=not alone)
+            for done in decoder.run(self._requests(records, decoder, model, tokenizer)):
+                if alone:
+                    for pending in self.pending.values():
+                        stream(pending.requests[0])
+                for request in done:
+                    self._finish(request, model, tokenizer, alone)
+                line = screen.progress_line(decoder.figures, decoder.num_rows)
+                bar.update(task, completed=self.finished + self.num_failed, description=line)
+        screen.say(screen.summary(decoder.figures, self.finished - before))
+
+    def _requests(
+        self, records: Iterator[Prompt | BadLine], decoder: Decoder, model: Any, tokenizer: Any
+    ) -> Iterator[Request]:
+        """The requests of the prompts; a line that is none, or that the decoder refuses, fails."""
+        context = context_length(model)
+        for record in records:
+            self.order.expect(record.line)
+            if isinstance(record, BadLine):
+                self._fail(record)
+                continue
+            try:
+                requests = to_requests(record, self.settings.sampling, model, tokenizer, context)
+                _check(decoder, requests[0])
+            except LineError as error:
+                self._fail(BadLine(record.line, str(error), record.id, record.endpoint is not None))
+                continue
+            self.pending[record.line] = Pending(record, requests, len(requests))
+            self._note_for_verify(record, requests[0])
+            yield from requests
+
+    def _finish(self, request: Request, model: Any, tokenizer: Any, alone: bool) -> None:
+        """A request is finished; with the last one of its prompt, the result is written."""
+        pending = self.pending[request.id]
+        pending.unfinished -= 1
+        if pending.unfinished:
+            return
+        del self.pending[request.id]
+        prompt = pending.prompt
+        texts = [to_text(tokenizer, request) for request in pending.requests]
+        if self.out:
+            entry = result(prompt, len(request.prompt_ids), texts, model.config.name_or_path)
+            write = partial(self.out.write, entry)
+        else:
+            write = partial(screen.write, "\n" if alone else screen.as_read(prompt, texts))
+        self.order.ready(prompt.line, write)
+        self.finished += 1
+
+    def _fail(self, bad: BadLine) -> None:
+        """A line is not decoded: its error record is written."""
+        self.num_failed += 1
+        self.first_failed = self.first_failed or bad
+        write = partial(self.out.write, error_result(bad)) if self.out else partial(screen.say, str(bad))
+        self.order.ready(bad.line, write)
+
+
+def _check(decoder: Decoder, request: Request) -> None:
+    """LineError for a request that the decoder refuses."""
+    try:
+        decoder.check(request)
+    except ValueError as error:
+        raise LineError(str(error).removeprefix(f"request {request.id!r}: ")) from error

@@ -1,0 +1,45 @@
+"""How a run decodes: the options of the command."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from advance_step.decode.loop import MAX_NUM_BATCHED_TOKENS
+from advance_step.decode.sampling_params import SamplingParams
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Settings:
+    """Each field is the option of `advance-step generate` of that name.
+
+    sampling: the fields of SamplingParams that are options, as far as they were given; max_new_tokens and seed always.
+    Raises ValueError for a dtype that is none, and for sampling that is out of range.
+    """
+
+    model: str | None = None
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    raw: bool = False
+    sampling: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 128, "seed": 0})
+    batch_size: int = 8
+    block_size: int | None = None
+    num_pages: int | None = None
+    steps_per_sync: int | None = None
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+    draft_tokens: int = 0
+    compile: bool = False
+    ordered: bool = False
+    verify: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
+        SamplingParams(**self.sampling)  # refuses what is out of range
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """Those that results follow from: a run with others may not go on with the same output."""
+        return {"dtype": self.dtype, "raw": self.raw, "ordered": self.ordered, **self.sampling}
