@@ -87,6 +87,7 @@ WRITTEN = {
     "flashinfer": (*STATE, "paged_kv_indices", "paged_kv_indptr", "paged_kv_last_page_len", "block_table_bound"),
     "eagle": ("seq_lens", "out_clamped_positions", "out_slot_mapping"),
     "until-stop": (*STATE[:3], "slot_mappings", "status", "output_tokens", "num_generated"),
+    "slot-mapping": ("slot_mapping",),
 }
 
 
@@ -112,6 +113,9 @@ def scalars(contract: str, a: dict[str, Any]) -> dict[str, int]:
     if contract == "eagle":
         least = {"block_size": 1, "max_model_len": 1}
         return least | ({"input_batch_size": a["positions_1d"].size(0)} if "input_batch_size" in a else {})
+    if contract == "slot-mapping":
+        least = {"block_size": 1, "cp_world_size": 1, "cp_rank": 0, "cp_interleave": 1}
+        return {name: value for name, value in least.items() if name in a}
     return {"block_sizes": 1} if contract == "until-stop" else {"num_seqs": 0, "num_queries": 0, "block_size": 1}
 
 
@@ -142,6 +146,17 @@ def demands(contract: str, a: dict[str, Any], tensors: dict[str, Tensor]) -> dic
             | {"sampled_token_ids": (INTS, [(n,), (n, 1)]), "status": (INT, [(n,)])}
             | {"output_tokens": (LONG, [(n, None)]), "stop_token_ids": (LONG, [(None,)])}
         )
+    if contract == "slot-mapping":
+        size, world_size = a["block_size"], a.get("cp_world_size", 1)
+        if size * world_size >= 2**63 or a.get("cp_rank", 0) >= world_size or size % a.get("cp_interleave", 1):
+            raise ValueError("block_size, cp_world_size, cp_rank, cp_interleave: expected ranks that share a page")
+        requests = a["query_start_loc"].numel() - 1
+        return {
+            "query_start_loc": (INTS, [(range(1, 2**63 - 1),)]),
+            "positions": (INTS, [(None,)]),
+            "block_table": (INTS, [(range(max(requests, 0), 2**63 - 1), None)]),
+            "slot_mapping": (LONG, [(None,)]),
+        }
     rows, live, ints = a["num_seqs"], a["num_queries"], LONG if contract == "npu" else INTS
     state, sampled = [(rows,)], [(live, 1)] if contract == "npu" else [(live,), (live, 1)]
     found = {}

@@ -54,6 +54,7 @@ def test_only_row_0_has_the_right_page(contract: str) -> None:
         ("vllm", {"narrow-table"}),
         ("flashinfer", {"narrow-table"}),
         ("eagle", {"past-the-table"}),
+        ("slot-mapping", {"narrow-table", "context-parallel-narrow-table"}),
         # A step that runs on where it should stop shows wherever a sequence stands at the end of its table.
         (
             "until-stop",
@@ -80,12 +81,12 @@ def test_32_bit_slot(contract: str) -> None:
 @pytest.mark.parametrize("contract", CONTRACTS)
 def test_negative_page(contract: str) -> None:
     found = failures(implementation(contract, wrong.negative_page_slot), contract)
-    expected = {"negative-page"} | ({"spec-negative-page"} if contract == "npu" else set())
+    expected = {"negative-page"} | {"npu": {"spec-negative-page"}, "slot-mapping": {"pad-slot"}}.get(contract, set())
     assert found == dict.fromkeys(expected, deviations.NEGATIVE_PAGE)
 
 
 @pytest.mark.parametrize("n", [40, 8448])
-@pytest.mark.parametrize("contract", [*STEPS, "eagle"])
+@pytest.mark.parametrize("contract", [*STEPS, "eagle", "slot-mapping"])
 def test_rows_past_n_untouched(contract: str, n: int) -> None:
     found = failures(wrong.rows_past(contract, n), contract)
     expected = {"more-than-64x132-rows"}
@@ -95,7 +96,7 @@ def test_rows_past_n_untouched(contract: str, n: int) -> None:
     assert found == dict.fromkeys(expected, f"{deviations.ROWS_PAST_N} (N={n})")
 
 
-@pytest.mark.parametrize("contract", [*STEPS, "eagle"])
+@pytest.mark.parametrize("contract", [*STEPS, "eagle", "slot-mapping"])
 def test_every_nth_pad_row_cleared(contract: str) -> None:
     found = failures(wrong.nth_pad_row(contract, 40), contract)
     assert found["several-pad-rows"] == f"{deviations.NTH_PAD_ROW} (N=40)"
@@ -126,6 +127,9 @@ def test_a_target_that_refuses_nothing(contract: str) -> None:
         },
         "vllm": {"narrow-table", "negative-length", "int32-length-at-its-end"},
         "flashinfer": {"narrow-table", "negative-length", "int32-length-at-its-end", "indices-too-small"},
+        "slot-mapping": {
+            *("narrow-table", "context-parallel-narrow-table", "negative-position", "broken-query-start-loc"),
+        },
     }
     assert data == expected.get(contract, set())
     assert all(name in data or name.startswith(("refuses", "errors", "strict", "spec-refuses")) for name in found)
@@ -143,6 +147,14 @@ def test_data_out_of_place_on_an_accelerator_gets_the_pad_slot(monkeypatch: pyte
     assert found["narrow-table"] == deviations.LAST_COLUMN
     assert "negative-length" not in found
     assert "narrow-table" in failures(implementation("vllm"), "vllm"), "raises, as only the CPU must"
+
+
+@pytest.mark.parametrize("mistake", wrong.SLOT_MISTAKES)
+def test_mistakes_in_a_slot_mapping_are_found(mistake: str) -> None:
+    mistaken, clause_names = wrong.SLOT_MISTAKES[mistake]
+    found = failures(wrong.mistaken_slots(mistaken), "slot-mapping")
+    assert clause_names <= set(found)
+    assert not any(name.startswith(("refuses", "errors")) for name in found)
 
 
 def test_a_write_past_the_end_is_seen_and_not_explained() -> None:

@@ -19,6 +19,7 @@ from advance_step.conformance.case import Case
 from advance_step.conformance.clauses.eagle import eagle_case
 from advance_step.conformance.clauses.npu import spec_case
 from advance_step.conformance.clauses.plain import step_case
+from advance_step.conformance.clauses.slot_mapping import slot_case
 from advance_step.conformance.clauses.until_stop import stop_case
 from advance_step.conformance.judge import judge
 from advance_step.conformance.oracle import INT32_MAX, INT64_MAX
@@ -169,3 +170,37 @@ def test_until_stop(data: st.DataObject) -> None:
         sampled_column=data.draw(st.booleans()),
     )
     hold(replace(case, args=case.args | {"pad_slot": data.draw(st.sampled_from([-1, 0, 2**40]))}))
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_slot_mapping(data: st.DataObject) -> None:
+    dtypes = {f"{name}_dtype": data.draw(DTYPES) for name in ("starts", "positions", "table")}
+    counts = data.draw(st.lists(st.integers(0, 5), max_size=5))
+    block_size, columns = data.draw(BLOCK_SIZES), data.draw(st.integers(0, 4))
+    world_size = data.draw(st.sampled_from([1, 1, 2, 3]))
+    spare = data.draw(st.integers(0, 2))
+    rows, room, hostile = len(counts) + spare, columns * block_size * world_size, data.draw(st.booleans())
+    case = slot_case(
+        Random(0),
+        [data.draw(lengths(count, dtypes["positions_dtype"], room, hostile)) for count in counts],
+        data.draw(st.integers(0, 3)),
+        block_size,
+        columns,
+        pages=data.draw(pages(rows, columns, dtypes["table_dtype"], INT64_MAX)),
+        spare_rows=spare,
+        spare_positions=data.draw(st.integers(0, 2)),
+        table_strides=data.draw(strides(rows, columns)),
+        vector_stride=data.draw(st.integers(1, 3)),
+        cp_world_size=world_size,
+        cp_rank=data.draw(st.integers(0, world_size - 1)),
+        cp_interleave=data.draw(st.sampled_from([n for n in (1, 2, 8, block_size) if block_size % n == 0])),
+        pad_slot=data.draw(st.sampled_from([-1, 0, 2**40])),
+        **dtypes,
+    )
+    low, high = ends(dtypes["starts_dtype"])
+    if hostile and data.draw(st.booleans()):
+        start = st.sampled_from([low, -1, 0, 1, sum(counts) + 3, high])
+        starts = [data.draw(start) for _ in range(len(counts) + 1)]
+        case = replace(case, args=case.args | {"query_start_loc": replace(case.args["query_start_loc"], values=starts)})
+    hold(case)

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def undone(contract: str, rows: Callable[[int, int], list[int]]) -> Function:
         if contract == "eagle":
             live = by_name["positions_1d"].size(0)
             total = by_name.get("input_batch_size", live)
+        elif contract == "slot-mapping":
+            live, total = int(by_name["query_start_loc"][-1]), by_name["slot_mapping"].size(0)
         else:
             live, total = by_name["num_queries"], by_name["num_seqs"]
         written = [by_name[name] for name in CONTRACTS[contract].rows]
@@ -151,6 +154,73 @@ def raises_too_late(contract: str) -> Function:
         unchecked(*args, **keyword)
 
     return call
+
+
+def mistaken_slots(mistake: Callable[[dict[str, Any]], dict[str, Any]]) -> Function:
+    """compute_slot_mapping done right, but of other arguments: `mistake` gives those that it takes for the call's."""
+    right = implementation("slot-mapping")
+
+    def call(*args: Any, **keyword: Any) -> None:
+        names = CONTRACTS["slot-mapping"].positional
+        given = dict(zip(names, args, strict=True)) | keyword
+        refuse("slot-mapping", given, {name: value for name, value in given.items() if isinstance(value, Tensor)})
+        right(*(tensor.clone() if isinstance(tensor, Tensor) else tensor for tensor in args), **keyword)  # may raise
+        taken = given | mistake(given)
+        right(*(taken.pop(name) for name in names), **taken)
+
+    return call
+
+
+def moved_borders(given: dict[str, Any], by: int) -> dict[str, Any]:
+    """Every request between the first and the last begins `by` tokens later."""
+    starts = given["query_start_loc"].clone()
+    starts[1:-1] = (starts[1:-1] + by).clamp(0, int(starts[-1]))
+    return {"query_start_loc": starts}
+
+
+def counted_positions(given: dict[str, Any]) -> dict[str, Any]:
+    starts = given["query_start_loc"].tolist()
+    counted = given["positions"].clone()
+    for begin, end in pairwise(starts):
+        counted[begin:end] = torch.arange(end - begin)
+    return {"positions": counted}
+
+
+# What is mistaken, and the clauses that must find it.
+SLOT_MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], set[str]]] = {
+    "the next request's row at a border": (
+        lambda given: moved_borders(given, -1),
+        {"own-row-of-the-table", "prompts", "more-than-64x132-rows"},
+    ),
+    "the request's row after its border": (
+        lambda given: moved_borders(given, 1),
+        {"own-row-of-the-table", "prompts", "more-than-64x132-rows"},
+    ),
+    "a position counted from the first token": (counted_positions, {"prompts", "one-token-a-request"}),
+    "the tail not written": (
+        lambda given: {"slot_mapping": given["slot_mapping"][: int(given["query_start_loc"][-1])]},
+        {"several-pad-rows", "more-than-48-rows", "no-rows"},
+    ),
+    "the tail written from the last position on": (
+        lambda given: {"slot_mapping": given["slot_mapping"][: given["positions"].size(0)]},
+        {"several-pad-rows", "no-rows"},
+    ),
+    "-1 for every pad slot": (lambda given: {"pad_slot": -1}, {"pad-slot"}),
+    "rank 0 on every rank": (
+        lambda given: {"cp_rank": 0},
+        {"context-parallel", "context-parallel-interleave"},
+    ),
+    "one token at a time": (lambda given: {"cp_interleave": 1}, {"context-parallel-interleave"}),
+    "the whole cache on every rank": (
+        lambda given: {"cp_world_size": 1, "cp_rank": 0, "block_table": wider(given)},
+        {"context-parallel", "context-parallel-interleave"},
+    ),
+}
+
+
+def wider(given: dict[str, Any]) -> Tensor:
+    """The table with each column once for each rank."""
+    return given["block_table"].repeat(1, given.get("cp_world_size", 1))
 
 
 def returns_a_tensor(contract: str) -> Callable[..., Tensor]:

@@ -119,6 +119,15 @@ CONTRACTS = {
         table="block_tables[0]",
         keyword=("pad_slot",),
     ),
+    "slot-mapping": Contract(
+        "compute_slot_mapping",
+        ("query_start_loc", "positions", "block_table", "slot_mapping", "block_size"),
+        oracle.slot_mapping,
+        rows=("slot_mapping",),
+        slots=("slot_mapping",),
+        table="block_table",
+        keyword=("cp_world_size", "cp_rank", "cp_interleave", "pad_slot"),
+    ),
 }
 
 

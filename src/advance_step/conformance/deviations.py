@@ -95,6 +95,9 @@ def _rows(contract: str, before: dict[str, Any]) -> tuple[int, int, int]:
         return live, live if before.get("input_batch_size") is None else before["input_batch_size"], 1
     if contract == "until-stop":
         return len(before["status"]), len(before["status"]), 1
+    if contract == "slot-mapping":  # a row is a token
+        rows = len(before["slot_mapping"])
+        return min(max(before["query_start_loc"][-1], 0), rows), rows, 1
     return before["num_queries"], before["num_seqs"], len(before["seq_lens"]) // max(before["num_seqs"], 1)
 
 

@@ -1,4 +1,4 @@
-"""The five contracts in plain Python: dicts of ints and lists in, lists out; no torch, and no code of the operators.
+"""The contracts in plain Python: dicts of ints and lists in, lists out; no torch, and no code of the operators.
 
 Every function takes the call's arguments by name, as ints and (nested) lists, and `int32`, the names of those arguments
 that hold 32-bit cells. `slot` says how a table is read; `deviations` puts a known fault in its place.
@@ -196,3 +196,27 @@ def until_stop(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = s
     written = dict(zip(names, (tokens, positions, lengths, status, generated), strict=True))
     written |= {"output_tokens": output} | {f"slot_mappings[{g}]": group for g, group in enumerate(slots)}
     return Outcome(written, errors)
+
+
+def slot_mapping(args: Values, int32: frozenset[str] = frozenset(), slot: Slot = slot) -> Outcome:
+    """`compute_slot_mapping`."""
+    starts, positions, slots = args["query_start_loc"], args["positions"], list(args["slot_mapping"])
+    block_size, pad_slot = args["block_size"], args.get("pad_slot", PAD_SLOT)
+    world_size, interleave = args.get("cp_world_size", 1), args.get("cp_interleave", 1)
+    falls = [r for r in range(len(starts) - 1) if starts[r + 1] < starts[r]]
+    if starts[0] != 0 or falls or starts[-1] > min(len(positions), len(slots)):
+        row = falls[0] if starts[0] == 0 and falls else None
+        return Outcome({"slot_mapping": [ANY] * len(slots)}, {"query_start_loc": row})
+    errors: dict[str, int | None] = {}
+    slots = [pad_slot] * len(slots)
+    for r in range(len(starts) - 1):
+        for t in range(starts[r], starts[r + 1]):
+            page, offset = divmod(positions[t], block_size * world_size)
+            turn, behind = divmod(offset, interleave)  # the turns go round the ranks
+            rounds, rank = divmod(turn, world_size)
+            place = slot(args["block_table"], r, page * block_size + rounds * interleave + behind, block_size)
+            if place is None:
+                errors.setdefault("positions", t)
+            elif rank == args.get("cp_rank", 0) and place != PAD_SLOT:
+                slots[t] = place
+    return Outcome({"slot_mapping": slots}, errors)

@@ -11,6 +11,7 @@ from random import Random
 from advance_step.conformance.case import CONTRACTS, Clause
 from advance_step.conformance.clauses.eagle import eagle_clauses
 from advance_step.conformance.clauses.npu import npu_clauses
+from advance_step.conformance.clauses.slot_mapping import slot_mapping_clauses
 from advance_step.conformance.clauses.until_stop import until_stop_clauses
 from advance_step.conformance.clauses.vllm import flashinfer_clauses, vllm_clauses
 from advance_step.conformance.deviations import explain
@@ -24,6 +25,7 @@ CLAUSES = {
     "flashinfer": flashinfer_clauses,
     "eagle": eagle_clauses,
     "until-stop": until_stop_clauses,
+    "slot-mapping": slot_mapping_clauses,
 }
 
 
@@ -52,8 +54,9 @@ def check(
 ) -> Iterator[Result]:
     """Holds `target` to every clause of `contract` on `device`; those in `skip` are not called and come as skipped.
 
-    The target is called with the contract's arguments by position (`spec_token`, `accepted_num` and `pad_slot` by
-    keyword, and only where a clause gives them). Inputs are drawn from `seed`, the same ones on every machine.
+    The target is called with the contract's arguments by position (`spec_token`, `accepted_num`, `pad_slot` and those
+    of context parallelism by keyword, and only where a clause gives them). Inputs are drawn from `seed`, the same ones
+    on every machine.
     Raises ValueError for an unknown contract or clause; an exception of the target fails its clause.
     """
     refuse_unknown(skip, [contract])
