@@ -56,6 +56,25 @@ def test_read_follows_the_tables(block_size, dtype):
             assert torch.equal(values[row, :, position], cache.layers[0][page, 1, :, offset])
 
 
+def test_layers_may_differ():
+    """In heads, and in the sizes of keys and values; what is written is read, in every layer."""
+    layouts = [LayerLayout(2, 4, 4), LayerLayout(1, 6, 4), LayerLayout(3, 2, 5)]
+    cache = PagedKVCache.allocate(layouts, 6, 4, torch.float32, torch.device("cpu"))
+    tables = torch.tensor([[5, 1], [0, 3]])
+    slots = (tables[:, :, None] * 4 + torch.arange(4)).flatten()  # of both rows, token by token
+    write_index, read_index = cache.write_index(slots), cache.read_index(tables)
+    written = [
+        (torch.randn(2, layout.kv_heads, 8, layout.key_dim), torch.randn(2, layout.kv_heads, 8, layout.value_dim))
+        for layout in layouts
+    ]
+    for layer, (keys, values) in enumerate(written):
+        cache.write(layer, write_index, keys, values)
+    for layer, (keys, values) in enumerate(written):
+        read = cache.read(layer, read_index, rows=2)
+        assert torch.equal(read[0], keys) and torch.equal(read[1], values)
+        assert [kv.shape[1:] for kv in cache.pages(layer)] == [(4, layouts[layer].kv_heads, layouts[layer].dim)] * 2
+
+
 def test_slots_past_32_bits():
     cache = filled(2, 1, 4)
     slots = torch.tensor([2**33 + 1])

@@ -110,9 +110,9 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
     Root mean squares over the vocabulary, and of the tokens the median. Between attention over pages and a model's own
     this was at most 3e-6 in float32, 4e-3 in float16 and 4e-2 in bfloat16, over the families of the tests, save a
     recurrent one that makes much of any rounding: so the tolerance is 16 steps of the dtype, or 8 times what the model
-    makes of one rounding of its embeddings, if that is more, up to a half. What is wrong by construction (another position, a key too
-    many) moves all tokens, by a share near 1. A router that takes another expert because of rounding moves a token as
-    far, but only few of them: therefore the median.
+    makes of one rounding of its embeddings, if that is more, up to a half. What is wrong by construction (another
+    position, a key too many) moves all tokens, by a share near 1. A router that takes another expert because of
+    rounding moves a token as far, but only few of them: therefore the median.
     """
     logits, expected = logits.float(), expected.float()
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean(-1).sqrt()
