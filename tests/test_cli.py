@@ -146,7 +146,7 @@ def test_info_needs_torch_alone(arguments):
     assert ran.returncode == 0, ran.stderr
     first, *devices = ran.stdout.splitlines()
     assert first.startswith("advance-step ") and ", torch " in first
-    assert [line.split()[0] for line in devices] == ["cpu", "cuda", "xpu", "npu"]
+    assert [line.split()[0] for line in devices] == ["cpu", "cuda", "xpu", "npu", "vllm"]
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich", "transformers"])

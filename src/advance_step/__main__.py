@@ -1,4 +1,4 @@
-"""`python -m advance_step` and the `advance-step` command: what serves each device, or a command of cli.py.
+"""`python -m advance_step` and the `advance-step` command: what serves each device and vLLM, or a command of cli.py.
 
 The former needs torch alone; the commands need the extra [cli].
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 
 from advance_step._backends import describe
+from advance_step.plugins import vllm
 
 
 def main() -> None:
     if sys.argv[1:] in ([], ["info"]):
-        print(describe())
+        print(describe(), vllm.describe(), sep="\n")
         return
     try:
         from advance_step.cli import app

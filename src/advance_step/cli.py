@@ -20,10 +20,11 @@ def main() -> None:
 
 @app.command()
 def info() -> None:
-    """Versions, and which executor serves each device, and why."""
+    """Versions, which executor serves each device, and why, and whether vLLM runs on them."""
     from advance_step._backends import describe
+    from advance_step.plugins import vllm
 
-    print(describe())
+    print(describe(), vllm.describe(), sep="\n")
 
 
 @app.command()

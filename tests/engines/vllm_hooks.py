@@ -1,0 +1,63 @@
+"""What the tests run inside vLLM's worker process, by `LLM.collective_rpc`: our operators in or out, calls timed.
+
+A module of its own, so that a worker process can import it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import vllm.v1.spec_decode.llm_base_proposer as proposer
+from vllm.v1.worker.block_table import BlockTable
+
+from advance_step.plugins import vllm as plugin
+
+EAGLE = "eagle_step_update_slot_mapping_and_metadata"
+
+_untimed: tuple[Any, Any] = (None, None)
+_times: defaultdict[str, list[float]] = defaultdict(list)  # microseconds a call, by what was called
+_clamped = 0  # rows of a draft whose next position passes the model's length
+
+
+def is_patched(worker: Any) -> bool:
+    return plugin.is_patched()
+
+
+def served(worker: Any) -> dict[str, int]:
+    return dict(plugin.served)
+
+
+def begin(worker: Any, patched: bool) -> None:
+    """From here on calls go to our operators, or to vLLM's own, and are timed."""
+    global _untimed, _clamped
+    (plugin.patch if patched else plugin.unpatch)()
+    plugin.served.clear()
+    _times.clear()
+    _clamped = 0
+    _untimed = slots, eagle = BlockTable.compute_slot_mapping, getattr(proposer, EAGLE)
+
+    def timed_slots(self: Any, num_reqs: int, query_start_loc: Any, positions: Any) -> None:
+        start = time.perf_counter()
+        slots(self, num_reqs, query_start_loc, positions)
+        elapsed = time.perf_counter() - start
+        kind = "one token a request" if len(positions) == num_reqs else "prefill, or tokens of a draft"
+        _times[f"compute_slot_mapping, {kind}"].append(elapsed * 1e6)
+
+    def timed_eagle(**arguments: Any) -> None:
+        global _clamped
+        _clamped += int((arguments["positions_1d"] + 1 >= arguments["max_model_len"]).sum())
+        start = time.perf_counter()
+        eagle(**arguments)
+        _times[EAGLE].append((time.perf_counter() - start) * 1e6)
+
+    BlockTable.compute_slot_mapping = timed_slots
+    setattr(proposer, EAGLE, timed_eagle)
+
+
+def end(worker: Any) -> dict[str, Any]:
+    """No more timing; what was served, timed and clamped since `begin`."""
+    BlockTable.compute_slot_mapping = _untimed[0]
+    setattr(proposer, EAGLE, _untimed[1])
+    return {"served": dict(plugin.served), "times": dict(_times), "clamped": _clamped}
