@@ -18,7 +18,6 @@ EAGLE = "eagle_step_update_slot_mapping_and_metadata"
 
 _untimed: tuple[Any, Any] = (None, None)
 _times: defaultdict[str, list[float]] = defaultdict(list)  # microseconds a call, by what was called
-_clamped = 0  # rows of a draft whose next position passes the model's length
 
 
 def is_patched(worker: Any) -> bool:
@@ -31,11 +30,10 @@ def served(worker: Any) -> dict[str, int]:
 
 def begin(worker: Any, patched: bool) -> None:
     """From here on calls go to our operators, or to vLLM's own, and are timed."""
-    global _untimed, _clamped
+    global _untimed
     (plugin.patch if patched else plugin.unpatch)()
     plugin.served.clear()
     _times.clear()
-    _clamped = 0
     _untimed = slots, eagle = BlockTable.compute_slot_mapping, getattr(proposer, EAGLE)
 
     def timed_slots(self: Any, num_reqs: int, query_start_loc: Any, positions: Any) -> None:
@@ -46,8 +44,6 @@ def begin(worker: Any, patched: bool) -> None:
         _times[f"compute_slot_mapping, {kind}"].append(elapsed * 1e6)
 
     def timed_eagle(**arguments: Any) -> None:
-        global _clamped
-        _clamped += int((arguments["positions_1d"] + 1 >= arguments["max_model_len"]).sum())
         start = time.perf_counter()
         eagle(**arguments)
         _times[EAGLE].append((time.perf_counter() - start) * 1e6)
@@ -57,7 +53,7 @@ def begin(worker: Any, patched: bool) -> None:
 
 
 def end(worker: Any) -> dict[str, Any]:
-    """No more timing; what was served, timed and clamped since `begin`."""
+    """No more timing; what was served and timed since `begin`."""
     BlockTable.compute_slot_mapping = _untimed[0]
     setattr(proposer, EAGLE, _untimed[1])
-    return {"served": dict(plugin.served), "times": dict(_times), "clamped": _clamped}
+    return {"served": dict(plugin.served), "times": dict(_times)}
