@@ -15,8 +15,8 @@
 
 #include "advance.h"
 
-// The two functions of libtorch that are called from outside its stable ABI, which has no way to tell autograd of a write
-// in place. A torch without them refuses to load the core (backend_info() says so), and the reference serves.
+// The two functions of libtorch that are called from outside its stable ABI, which has no way to tell autograd of a
+// write in place. A torch without them refuses to load the core (backend_info() says so), and the reference serves.
 namespace at {
 class Tensor;
 namespace native {
@@ -191,7 +191,8 @@ class Call {
 
   // Hands the whole call to Python, which finds what is wrong with it, and raises its words.
   [[noreturn]] void refuse() {
-    written_count_ = held_ = elements_held_ = boxes_held_ = lists_held_ = 0;  // the dispatcher takes what is on the stack
+    written_count_ = held_ = elements_held_ = boxes_held_ = lists_held_ =
+        0;  // the dispatcher takes what is on the stack
     ensure(torch_call_dispatcher(refusal_, "", stack_, TORCH_ABI_VERSION));
     const auto text = reinterpret_cast<StringHandle>(stack_[0]);
     const char* words;
