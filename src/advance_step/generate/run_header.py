@@ -38,9 +38,7 @@ class RunHeader:
             raise ValueError(f"{path}: expected what advance-step writes beside its output, got {error}") from error
 
     def write(self, path: Path) -> None:
-        """Put it into a file: a new one, or one that has such a header already. ValueError for any other."""
-        if path.exists():
-            RunHeader.read(path)
+        """Put it into a file, in place of the header that is there, whole at every moment."""
         unfinished = path.with_name(path.name + ".part")
         entry = {"format": FORMAT, "version": __version__, **asdict(self)}
         try:

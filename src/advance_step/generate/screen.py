@@ -44,13 +44,12 @@ def failures(count: int, first: BadLine | None, out: Output | None) -> str:
 def progress_bar() -> Progress:
     """Prompts done, tokens, tokens per second, live rows; on stderr, and only if that is a terminal."""
     terminal = sys.stderr.isatty()  # rich would take FORCE_COLOR for one
-    console = Console(stderr=True, force_terminal=terminal)
     return Progress(
         MofNCompleteColumn(),
         TextColumn("prompts"),
         BarColumn(),
         TextColumn("{task.description}"),
-        console=console,
+        console=Console(stderr=True),
         disable=not terminal,
         redirect_stdout=sys.stdout.isatty(),  # texts printed under the bar scroll above it; a pipe keeps its own
     )
