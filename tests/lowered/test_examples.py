@@ -13,7 +13,7 @@ from advance_step.ascend import emulation
 EXAMPLES = Path(__file__).parents[2] / "examples/ascend"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def emulated_npu() -> None:
     """An NPU whose memory is the CPU's, and the Triton kernels for the CPU's tensors."""
     _backends._attach_triton("cpu", "CPU")
