@@ -32,8 +32,9 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return name, result
 
 
-def test_the_entry_point_patches_if_asked_to(engine: Engine) -> None:
+def test_the_entry_point_patches_the_worker_if_asked_to(engine: Engine) -> None:
     name, result = engine
+    assert (result["worker"] != result["scheduler"]) is (name == "draft")
     assert result["patched_at_start"] is (name == "draft")
     assert set(result["served_at_start"]) == (REPLACED[name] if name == "draft" else set())
 
@@ -50,6 +51,11 @@ def test_requests_reach_their_end_and_the_models_length(engine: Engine) -> None:
     for run in engine[1]["runs"]:
         assert [len(tokens) for tokens in run["tokens"]] == room
         assert run["cached"] > 0, "no prefix was found in the cache"
+
+
+def test_a_draft_that_passes_the_models_length(engine: Engine) -> None:
+    theirs, ours = engine[1]["at_the_models_length"]
+    assert ours == theirs == [[4, 255, 0, 32], [5, 256, 1, 33], [4, 15 * 32 + 31, -1, 25 * 32, -1, -1]]
 
 
 def test_our_operators_served_every_call_with_the_patch_and_none_without(engine: Engine) -> None:

@@ -5,10 +5,12 @@ A module of its own, so that a worker process can import it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from typing import Any
 
+import torch
 import vllm.v1.spec_decode.llm_base_proposer as proposer
 from vllm.v1.worker.block_table import BlockTable
 
@@ -20,12 +22,41 @@ _untimed: tuple[Any, Any] = (None, None)
 _times: defaultdict[str, list[float]] = defaultdict(list)  # microseconds a call, by what was called
 
 
+def process(worker: Any) -> int:
+    return os.getpid()
+
+
 def is_patched(worker: Any) -> bool:
     return plugin.is_patched()
 
 
 def served(worker: Any) -> dict[str, int]:
     return dict(plugin.served)
+
+
+def drafts_at_the_models_length(worker: Any) -> list[list[list[int]]]:
+    """Positions, lengths and slots that vLLM's own function gives, and ours, where a draft passes the model's length.
+
+    vLLM 0.32 has this rule, but drafts for no batch with a row that could get there.
+    """
+    results = []
+    for step in (plugin.unpatch, plugin.patch):
+        step()
+        positions, seq_lens = torch.tensor([3, 254, 255, 31]), torch.tensor([4, 255, 256, 32], dtype=torch.int32)
+        block_table = torch.arange(4 * 8, dtype=torch.int32).view(4, 8)
+        slots = torch.full((6,), -9)
+        getattr(proposer, EAGLE)(
+            positions_1d=positions,
+            block_table_tensor=block_table,
+            seq_lens=seq_lens,
+            block_size=32,
+            max_model_len=256,
+            out_clamped_positions=positions,
+            out_slot_mapping=slots,
+            input_batch_size=6,
+        )
+        results.append([positions.tolist(), seq_lens.tolist(), slots.tolist()])
+    return results
 
 
 def begin(worker: Any, patched: bool) -> None:

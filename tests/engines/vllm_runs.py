@@ -3,7 +3,8 @@
     python vllm_runs.py plain|draft OUTPUT
 
 In a process of its own, since an engine leaves state behind in its process. "plain" has the worker in this process and
-starts without the plugin; "draft" has it in a process of its own, where vLLM loads the plugin by its entry point.
+starts without the plugin; "draft" has it in a process of its own, where vLLM loads the plugin by its entry point. The
+scheduler is in this process: every run has the same batches.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ NEW_TOKENS = 16
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",  # threads that spin for each other crawl on a busy machine
@@ -37,7 +39,7 @@ def ragged_prompts() -> list[list[int]]:
 
 
 def main(engine: str, output: Path) -> None:
-    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING=str(int(engine == "draft")))
+    os.environ.update(ENVIRONMENT)
     import vllm_hooks
     from vllm import LLM, SamplingParams
 
@@ -56,6 +58,7 @@ def main(engine: str, output: Path) -> None:
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         speculative_config=speculation,
+        distributed_executor_backend="mp" if engine == "draft" else "uni",
     )
     greedy = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     llm.generate([{"prompt_token_ids": [5, 6, 7]}], greedy, use_tqdm=False)
@@ -73,7 +76,9 @@ def main(engine: str, output: Path) -> None:
         cached = sum(request.num_cached_tokens or 0 for request in done)
         runs.append({"patched": patched, "tokens": tokens, "cached": cached, **measured})
     result = {"patched_at_start": patched_at_start, "served_at_start": served_at_start, "runs": runs}
-    output.write_text(json.dumps(result))
+    result["worker"] = llm.collective_rpc(vllm_hooks.process)
+    result["at_the_models_length"] = llm.collective_rpc(vllm_hooks.drafts_at_the_models_length)[0]
+    output.write_text(json.dumps(result | {"scheduler": [os.getpid()]}))
 
 
 if __name__ == "__main__":
