@@ -43,9 +43,10 @@ def main(engine: str, output: Path) -> None:
     import vllm_hooks
     from vllm import LLM, SamplingParams
 
-    from advance_step.generate.model import model_directory
+    from advance_step.generate.gguf import unpacked
+    from advance_step.generate.model import find_model
 
-    model = str(model_directory(None, print))
+    model = str(unpacked(find_model(None), print))
     speculation = {"method": "draft_model", "model": model, "num_speculative_tokens": 3} if engine == "draft" else None
     llm = LLM(
         model=model,
