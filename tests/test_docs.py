@@ -98,7 +98,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", OPERATOR_PAGES, ids=named)
 def test_page_has_the_operators_schema(page):
     schema = getattr(torch.ops.advance_step, page.stem).default._schema
-    assert f"\n```\n{str(schema).replace('::', '.')}\n```\n" in page.read_text()
+    called = str(schema).replace("::", ".").replace("SymInt", "int")  # which callers pass; a compiler may pass more
+    assert f"\n```\n{called}\n```\n" in page.read_text()
     table = [(row[0], WRITTEN[row[1]]) for row in cells(page) if len(row) > 1 and row[1] in WRITTEN]
     assert table == [(argument.name, argument.is_write) for argument in schema.arguments]
 
