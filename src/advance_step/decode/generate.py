@@ -11,7 +11,7 @@ from advance_step.decode.loop import Decoder
 from advance_step.decode.request import Request
 from advance_step.decode.sampling import TokenLogprobs
 from advance_step.decode.sampling_params import SamplingParams
-from advance_step.decode.text import Message, encode, text_of
+from advance_step.decode.text import Message, encode, eos_token_ids, text_of
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -95,7 +95,7 @@ def generate(
             requests.append(Request(f"{number}.{sample}", ids, replace(params, n=1, seed=seed)))  # type: ignore[arg-type]
     if not requests:
         return iter(()) if stream else []
-    settings = {"tokenizer": tokenizer, "stop_token_ids": eos_token_ids(model)} | options
+    settings = {"tokenizer": tokenizer, "stop_token_ids": eos_token_ids(model.generation_config)} | options
     decoder = Decoder.for_requests(model, requests, **settings)
     for request in requests:
         decoder.check(request)
@@ -112,12 +112,6 @@ def completion(tokenizer: Any, request: Request) -> Completion:
     assert request.finish_reason is not None
     text = text_of(tokenizer, request)
     return Completion(prompt, sample, text, request.tokens, request.finish_reason, request.logprobs)
-
-
-def eos_token_ids(model: Any) -> list[int]:
-    """The tokens that end a text, as the model's generation config has them."""
-    ids = model.generation_config.eos_token_id
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _is_token_ids(prompt: Prompt) -> bool:

@@ -33,3 +33,12 @@ def text_of(tokenizer: Any, request: Request) -> str:
     """What a request has generated, without special tokens; cut before the stop string that ended it."""
     text: str = tokenizer.decode(request.tokens, skip_special_tokens=True)
     return text[: request.text_end]
+
+
+def eos_token_ids(config: Any) -> list[int]:
+    """Those of a transformers GenerationConfig. ValueError where they are neither one id nor a list of them."""
+    given = config.eos_token_id
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+        raise ValueError(f"generation_config: eos_token_id: expected a token id or a list of them, got {given!r}")
+    return list(ids)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from advance_step.decode.text import eos_token_ids
 from advance_step.generate.gguf import unpacked
 from advance_step.generate.loading import load_tokenizer, load_weights
 
@@ -62,15 +63,6 @@ def load_model(path: str | None, dtype: torch.dtype, say: Say, device: str = "cp
 def stop_token_ids(model: Any) -> list[int]:
     """The tokens that end a text, as the model's own generation config has them. ValueError where it is ill-formed."""
     return eos_token_ids(model.generation_config)
-
-
-def eos_token_ids(config: Any) -> list[int]:
-    """Those of a transformers GenerationConfig. ValueError where they are neither one id nor a list of them."""
-    given = config.eos_token_id
-    ids = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise ValueError(f"generation_config: eos_token_id: expected a token id or a list of them, got {given!r}")
-    return list(ids)
 
 
 def context_length(model: Any) -> int:

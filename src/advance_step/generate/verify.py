@@ -9,8 +9,9 @@ from transformers import GenerationConfig
 
 from advance_step.decode.request import Request
 from advance_step.decode.sampling_params import SamplingParams
+from advance_step.decode.text import eos_token_ids
 from advance_step.generate.engine import make_decoder
-from advance_step.generate.model import context_length, eos_token_ids, load_model
+from advance_step.generate.model import context_length, load_model
 from advance_step.generate.records import Prompt
 from advance_step.generate.requests import to_requests
 from advance_step.generate.screen import say
