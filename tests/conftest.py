@@ -1,14 +1,20 @@
-"""Models for the tests of every room: the real one, and a tiny one with random weights.
+"""What the tests of every room share: a real model, a tiny one with random weights, and a browser.
 
-transformers is imported by whoever asks for one: the operators' tests run without it.
+transformers is imported by whoever asks for a model, playwright by whoever asks for a tab: the operators' tests run
+without them.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from browser import Tab
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +45,21 @@ def llama_tokens(llama: Any, prompts: list[list[int]]) -> list[list[int]]:
     from tiny_models import generate
 
     return [generate(llama, prompt, 20) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")  # not longer: as long as it runs, asyncio has a running loop in this thread
+def chromium() -> Iterator[Browser]:
+    import browser
+
+    with browser.chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(chromium: Browser) -> Iterator[Tab]:
+    """A page in a headless Chromium that is the test's own; it skips where there is no Chromium."""
+    from browser import Tab
+
+    context = chromium.new_context()
+    yield Tab(context.new_page())
+    context.close()
