@@ -55,7 +55,7 @@ def finish(decoder: Decoder, requests: list[Request]) -> list[list[int]]:
 def pool() -> str:
     model, draw = tiny(), random.Random(0)
     shapes = [
-        ([draw.randrange(1, 97) for _ in range(draw.randrange(1, 80))], draw.randrange(1, 60)) for _ in range(200)
+        ([draw.randrange(1, 97) for _ in range(draw.randrange(1, 20))], draw.randrange(1, 44)) for _ in range(200)
     ]
     lines = ["| sampling | pages | preemptions | texts as alone |", "| --- | ---: | ---: | ---: |"]
     for name, options in {"greedy": {}, "temperature 0.8, top_p 0.9": {"temperature": 0.8, "top_p": 0.9}}.items():
@@ -67,8 +67,8 @@ def pool() -> str:
             ]
 
         all_pages = sum(request.pages_needed(1) for request in requests())
-        sizes = {"block_size": 1, "max_seq_len": 160, "num_pages": all_pages // 10}
-        decoder = Decoder(model, batch_size=64, steps_per_sync=4, **sizes)
+        sizes = {"block_size": 1, "max_seq_len": 64, "num_pages": all_pages // 10}
+        decoder = Decoder(model, batch_size=64, steps_per_sync=3, **sizes)
         together = finish(decoder, requests())
         alone = Decoder(model, batch_size=1, **sizes, share_prefixes=False)
         right = sum(tokens == finish(alone, [request])[0] for tokens, request in zip(together, requests(), strict=True))

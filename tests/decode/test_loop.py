@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from advance_step import decode
 from advance_step.decode import Completion, Decoder, Request, SamplingParams
 from advance_step.decode.attention import paged
+from advance_step.decode.model_check import check_model
 from advance_step.decode.paged_kernels import PagedKernel, varlen_pages
 from advance_step.decode.pages import PagePool
 from advance_step.decode.steps import CapturedSteps, EagerSteps, doubling, mark_captured
@@ -347,6 +348,35 @@ def test_compiled_once_for_all_captured_sizes(llama):
             for pages in (8, 4, 2):
                 step(rows, pages)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_between_two_yields_the_model_is_free(llama, prompts, llama_tokens):
+    """For its own generate, and for another decoder, in whatever order the two runs end."""
+    llama.set_attn_implementation(own := "eager")
+    requests, others = requests_for(prompts, 20), requests_for(prompts, 20)
+    run_of_one, run_of_other = decoder_for(llama).run(requests), decoder_for(llama, batch_size=2).run(others)
+    next(run_of_one)
+    next(run_of_other)
+    assert llama.config._attn_implementation == own
+    ids = torch.tensor([prompts[0]])
+    out = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+    assert out[0, len(prompts[0]) :].tolist() == llama_tokens[0]
+    for _ in zip(run_of_one, run_of_other, strict=False):
+        assert llama.config._attn_implementation == own
+    for left in (run_of_one, run_of_other):
+        list(left)
+    assert [r.tokens for r in requests] == [r.tokens for r in others] == llama_tokens
+    assert llama.config._attn_implementation == own
+
+
+def test_layouts_save_the_check_of_the_model(llama, prompts, llama_tokens):
+    layouts = check_model(llama)
+    passes = []
+    hook = llama.register_forward_pre_hook(lambda *args: passes.append(1))
+    decoder = decoder_for(llama, layouts=layouts)
+    assert not passes
+    assert run(decoder, requests_for(prompts, 20)) == llama_tokens
+    hook.remove()
 
 
 def test_models_without_the_attention_interface_are_refused():

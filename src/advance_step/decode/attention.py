@@ -6,7 +6,6 @@ so transformers builds no mask: who sees what follows from the metadata and from
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from advance_step.decode.cache import PagedKVCache, visible_keys
-from advance_step.decode.layouts import attending_by
+from advance_step.decode.layouts import AttendingBy
 from advance_step.decode.paged_kernels import PagedKernel
 
 PAGED = "advance_step_paged"
@@ -31,9 +30,9 @@ SDPA_MAX_KEYS = 512
 QUERY_BLOCK = 256
 
 
-def paged(model: Any) -> AbstractContextManager[None]:
-    """The model on the paged attention function, for as long as the context lasts."""
-    return attending_by(model, PAGED)
+def paged(model: Any) -> AttendingBy:
+    """A context in which the model is on the paged attention function."""
+    return AttendingBy(model, PAGED)
 
 
 @dataclass

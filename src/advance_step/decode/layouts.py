@@ -6,8 +6,7 @@ mask is taken from transformers' own mask functions: they make it from a rule on
 positions far apart, so that a window of any size is seen.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,21 +18,43 @@ from advance_step.decode.cache import LayerLayout, visible_keys
 _RECORDING = "advance_step_recording"
 
 
-@contextmanager
-def attending_by(model: Any, name: str) -> Iterator[None]:
-    """The model on the attention function `name`; afterwards every part of it is on the one that it had."""
+class AttendingBy:
+    """A context in which a model attends by the function `name`, and after which by its own; it can be entered again.
+
+    Making it asks transformers whether the model takes the function, which raises ValueError where it does not. To
+    enter and leave it costs some microseconds, so that a decoder need not hold it between two passes.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        configs = _configs(model)
+        own = [config._attn_implementation for config in configs]
+        try:
+            model.set_attn_implementation(name)
+            self._configs = [(config, config._attn_implementation) for config in configs]
+        finally:
+            _set_each(zip(configs, own, strict=True))
+
+    def __enter__(self) -> None:
+        self._own = [(config, config._attn_implementation) for config, _ in self._configs]
+        _set_each(self._configs)
+
+    def __exit__(self, *exception: object) -> None:
+        _set_each(self._own)
+
+
+def _configs(model: Any) -> list[Any]:
+    """The configs of a model's modules and their parts, each of which names an attention function."""
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for config in list(configs.values()):
         for key in getattr(config, "sub_configs", ()):
             if (part := getattr(config, key, None)) is not None:
                 configs[id(part)] = part
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation  # the property would set the parts of a config too
+    return list(configs.values())
+
+
+def _set_each(implementations: Iterable[tuple[Any, Any]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation  # the property would set the parts of a config too
 
 
 @torch.inference_mode()
@@ -45,7 +66,7 @@ def layouts_of(model: Any) -> list[LayerLayout]:
     the pass, or does not hand keyword arguments on; whatever the model itself raises comes through.
     """
     layouts: list[LayerLayout] = []
-    with attending_by(model, _RECORDING):
+    with AttendingBy(model, _RECORDING):
         tokens = torch.ones(1, 2, dtype=torch.int64, device=model.device)
         # Without a mask, transformers looks into the positions for several packed sequences: on the meta device there
         # is nothing to look at.

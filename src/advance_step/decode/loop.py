@@ -16,7 +16,7 @@ import torch
 from advance_step.decode import paged_kernels
 from advance_step.decode.attention import paged
 from advance_step.decode.batch import Batch
-from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.cache import LayerLayout, PagedKVCache
 from advance_step.decode.collect import Collector
 from advance_step.decode.drafts import DraftBatch
 from advance_step.decode.model_check import check_model
@@ -51,6 +51,7 @@ class Decoder:
     draft_tokens: that many proposals for the next tokens, looked up in the row's own text, are verified in each step.
         The tokens are the same without; steps_per_sync must then be 1.
     compile: compile the model's part of the step, once: when the first step runs, or when it is captured.
+    layouts: what `check_model(model)` returned; None: the model is checked now.
 
     Raises ValueError for a model that cannot be decoded so (`check_model`), and for settings that are out of range.
     `for_requests` takes the sizes from a list of requests.
@@ -71,6 +72,7 @@ class Decoder:
         share_prefixes: bool = True,
         draft_tokens: int = 0,
         compile: bool = False,
+        layouts: Sequence[LayerLayout] | None = None,
     ) -> None:
         for name, value, least in [
             ("batch_size", batch_size, 1),
@@ -85,8 +87,10 @@ class Decoder:
                 raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
         if draft_tokens and (steps_per_sync > 1 or compile):
             raise ValueError("draft_tokens: expected 0 with steps_per_sync > 1 or compile: drafts are made by the host")
-        layouts = check_model(model)
+        if layouts is None:
+            layouts = check_model(model)
         self.model = model
+        self.attending = paged(model)
         self.block_size = block_size
         self.batch_size = batch_size
         self.max_seq_len = max_seq_len
@@ -196,7 +200,8 @@ class Decoder:
 
         The requests are drawn one at a time, as rows get free. Raises ValueError for one that `check` refuses, when it
         is drawn, and RuntimeError while another run of this decoder is under way. A run that is not carried to its end
-        gives up the rows that it has. Until then the model attends through the paged cache, and through nothing else.
+        gives up the rows that it has. Between two yields the model attends as it did before, so that it can be used
+        otherwise, and other decoders of it can run, in the same thread.
         """
         if self.scheduler is not None:
             raise RuntimeError("run: expected one run at a time, got another one of this decoder")
@@ -210,16 +215,16 @@ class Decoder:
         )
         whole = False  # whether the pages hold what they are said to hold
         try:
-            with paged(self.model):
-                while True:
-                    whole = False
-                    chunks = scheduler.prefill()
-                    if not chunks and not scheduler.rows:
-                        whole = True
-                        return
-                    finished = self._prefill(scheduler, chunks) if chunks else self._decode(scheduler)
+            while True:
+                whole = False
+                chunks = scheduler.prefill()
+                if not chunks and not scheduler.rows:
                     whole = True
-                    yield finished
+                    return
+                with self.attending:
+                    finished = self._prefill(scheduler, chunks) if chunks else self._decode(scheduler)
+                whole = True
+                yield finished
         finally:
             for index in reversed(range(self.batch.num_rows)):
                 self.batch.remove(index)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from advance_step.decode.cache import LayerLayout, PagedKVCache
-from advance_step.decode.layouts import layouts_of
 from advance_step.decode.loop import Decoder
 from advance_step.decode.model_check import check_model
 from advance_step.decode.paged_kernels import default_block_size
@@ -24,11 +23,7 @@ def make_decoder(model: Any, tokenizer: Any, settings: Settings, most: int | Non
     most: requests that there will be, at most.
     Raises ValueError for a model that cannot be decoded, a cache that does not fit, and --compile without a compiler.
     """
-    try:
-        layouts, context = layouts_of(model), context_length(model)
-    except Exception:
-        check_model(model)  # which says of a model that cannot be served why
-        raise
+    layouts, context = check_model(model), context_length(model)
     if settings.compile and model.device.type == "cpu":
         check_compiler()
     block_size = settings.block_size or default_block_size(model)
@@ -50,6 +45,7 @@ def make_decoder(model: Any, tokenizer: Any, settings: Settings, most: int | Non
             max_num_batched_tokens=settings.max_num_batched_tokens,
             draft_tokens=settings.draft_tokens,
             compile=settings.compile,
+            layouts=layouts,
         )
     except (RuntimeError, MemoryError) as error:  # torch's allocators say it as RuntimeError
         raise ValueError(f"--num-pages: no memory for a KV cache of {num_pages} pages: {error}") from error
