@@ -100,6 +100,9 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="The model's end of a text ends nothing.", rich_help_panel=TEXT)
     ] = False,
+    json_schema: Annotated[
+        str | None, typer.Option(help="A file: every text is JSON of this schema.", rich_help_panel=TEXT)
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts that are decoded together.", rich_help_panel=BATCH)
     ] = 8,
@@ -146,7 +149,7 @@ def generate(
         with terminable():
             try:
                 from advance_step.generate import job
-                from advance_step.generate.settings import Settings
+                from advance_step.generate.settings import Settings, read_schema
             except ModuleNotFoundError as error:
                 missing = (error.name or "").split(".")[0]
                 if missing not in ("transformers", "rich"):
@@ -182,6 +185,7 @@ def generate(
                 compile=compile,
                 ordered=ordered,
                 verify=verify,
+                json_schema=read_schema(json_schema) if json_schema else None,
             )
             code = job.generate(prompts or [], input, output, resume, settings)
     except BrokenPipeError:  # nobody reads any more; and nothing is to be flushed to them at the end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tiny_directory import tiny_tokenizer
 from tiny_models import decoder_for, tiny_model
@@ -9,7 +11,8 @@ from tiny_models import decoder_for, tiny_model
 from advance_step.decode.request import Request
 from advance_step.decode.sampling_params import SamplingParams
 from advance_step.generate.records import LineError, Prompt
-from advance_step.generate.requests import prompt_ids, remarks, to_requests, to_text
+from advance_step.generate.requests import RequestMaker, prompt_ids, remarks, to_text
+from advance_step.generate.settings import Settings
 
 OPTIONS = {"max_new_tokens": 128, "seed": 0}
 
@@ -17,6 +20,13 @@ OPTIONS = {"max_new_tokens": 128, "seed": 0}
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
+
+
+def maker(model, tokenizer, context: int = 256, **sampling: object) -> RequestMaker:
+    model = copy.copy(model)
+    model.config = copy.copy(model.config)
+    model.config.max_position_embeddings = context
+    return RequestMaker(model, tokenizer, Settings(sampling=OPTIONS | sampling))
 
 
 def encoded(tokenizer, content, templated: bool = True) -> str:
@@ -76,12 +86,12 @@ def test_what_a_template_refuses_and_where_there_is_none(tokenizer):
 def test_lines_that_cannot_be_decoded(tokenizer, llama, line, message):
     prompt = Prompt(**{"line": 1, "id": 1, "templated": False} | line)
     with pytest.raises(LineError, match=message):
-        to_requests(prompt, OPTIONS, llama, tokenizer, context=3)
+        maker(llama, tokenizer, context=3).requests(prompt)
 
 
 def test_new_tokens_end_with_the_context(tokenizer, llama):
     prompt = Prompt(1, 1, "abc", False, {"min_new_tokens": 90})
-    (request,) = to_requests(prompt, OPTIONS, llama, tokenizer, context=8)
+    (request,) = maker(llama, tokenizer, context=8).requests(prompt)
     assert (request.sampling.max_new_tokens, request.sampling.min_new_tokens) == (5, 5)
 
 
@@ -89,7 +99,7 @@ def test_the_line_goes_before_the_options_and_they_before_the_model(tokenizer):
     model = tiny_model("llama")
     model.generation_config.update(do_sample=True, temperature=0.5, top_k=7, top_p=0.5, num_beams=4, max_length=20)
     options = OPTIONS | {"top_p": 0.75}
-    (request,) = to_requests(Prompt(1, 1, "abc", False, {"temperature": 2.0}), options, model, tokenizer, 256)
+    (request,) = maker(model, tokenizer, top_p=0.75).requests(Prompt(1, 1, "abc", False, {"temperature": 2.0}))
     assert (request.sampling.temperature, request.sampling.top_p, request.sampling.top_k) == (2.0, 0.75, 7)
     assert remarks(model, options) == [
         "from the model's generation_config, where no option says otherwise: temperature=0.5, top_k=7",
@@ -105,7 +115,7 @@ def test_the_line_goes_before_the_options_and_they_before_the_model(tokenizer):
 def test_seeds_follow_from_the_option_and_the_line(tokenizer, llama):
     def seeds(line: int, option: int, **sampling: object) -> list[int]:
         prompt = Prompt(line, line, "abc", False, {"temperature": 1.0} | sampling)
-        requests = to_requests(prompt, OPTIONS | {"seed": option}, llama, tokenizer, 256)
+        requests = maker(llama, tokenizer, seed=option).requests(prompt)
         return [request.sampling.seed for request in requests]
 
     assert seeds(1, 0) == seeds(1, 0) != seeds(2, 0) != seeds(2, 1)

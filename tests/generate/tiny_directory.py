@@ -20,11 +20,12 @@ SPECIAL = ["<s>", "</s>", "<unk>"]
 
 def tiny_tokenizer() -> Any:
     """A token for each printable character of ASCII but three, which the vocabulary of 97 has no room for."""
-    letters = [chr(code) for code in range(32, 127) if chr(code) not in "^`~"]
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *letters, "\n"])}
+    letters = [chr(code) for code in range(33, 127) if chr(code) not in "^`~"]
+    space, newline = "\u0120", "\u010a"  # as byte-level tokenizers write them
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, space, *letters, newline])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.chat_template = CHAT_TEMPLATE
     return fast

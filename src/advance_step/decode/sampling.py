@@ -9,7 +9,7 @@ from torch import Tensor
 
 from advance_step.decode.counter_random import row_key, uniform
 from advance_step.decode.filters import draw, keep_top_k, keep_top_p, penalise, weights_above
-from advance_step.decode.sampling_params import SamplingParams
+from advance_step.decode.sampling_params import LogitsProcessor, SamplingParams
 
 # Fewer likeliest tokens are not looked for faster, and would be more modes.
 MIN_TOP_K = 64
@@ -81,6 +81,7 @@ class Sampler:
     params: list[SamplingParams | None]  # of each row; None: padding
     needs: list[Mode]  # of each row; padding rows and plain greedy ones need nothing, and their buffers are not read
     token_ids: list[list[int]]  # of each row with logits processors: all so far
+    processors: list[list[LogitsProcessor]]  # of each row
     mode: Mode
     in_prompt: Tensor | None = None  # bool [num_seqs, vocab_size]
     output_counts: Tensor | None = None  # int32 [num_seqs, vocab_size]
@@ -133,6 +134,7 @@ class Sampler:
             params=[None] * num_seqs,
             needs=[Mode()] * num_seqs,
             token_ids=[[] for _ in range(num_seqs)],
+            processors=[[] for _ in range(num_seqs)],
             mode=Mode(),
         )
 
@@ -151,6 +153,7 @@ class Sampler:
             self._write(row, params, needs, seed, prompt_ids, tokens)
         self.params[row], self.needs[row] = params, needs
         self.token_ids[row] = [*prompt_ids, *tokens] if needs.processors else []
+        self.processors[row] = params.processors_for(prompt_ids)
         self._set_mode()
 
     def remove(self, row: int, last: int) -> None:
@@ -163,6 +166,7 @@ class Sampler:
         self.params[row], self.params[last] = self.params[last], None
         self.needs[row], self.needs[last] = self.needs[last], Mode()
         self.token_ids[row], self.token_ids[last] = self.token_ids[last], []
+        self.processors[row], self.processors[last] = self.processors[last], []
         self._set_mode()
 
     def sample(self, logits: Tensor, rows: slice | int, live: Tensor | None = None, mode: Mode | None = None) -> Tensor:
@@ -289,8 +293,7 @@ class Sampler:
         """Each row's own processors, one row after the other."""
         scores = scores.clone()
         for i, row in enumerate(range(self.num_seqs)[rows]):
-            params = self.params[row]
-            for processor in params.logits_processors if params else ():
+            for processor in self.processors[row]:
                 ids = torch.tensor([self.token_ids[row]], dtype=torch.int64, device=self.device)
                 scores[i : i + 1] = processor(ids, scores[i : i + 1])
         return scores

@@ -1,14 +1,21 @@
 """How one request is sampled, and what of a model's own generation config takes part in it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 # Token ids so far [1, length] and logits [1, vocabulary] to logits [1, vocabulary], as transformers' LogitsProcessor.
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+
+
+class ProcessorMaker(Protocol):
+    """Makes the logits processor of a request."""
+
+    def for_request(self, prompt_ids: Sequence[int]) -> LogitsProcessor: ...
+
 
 # Below it float32 logits divided by the temperature could pass float32's largest; vLLM takes such for greedy.
 MIN_TEMPERATURE = 1e-5
@@ -41,7 +48,9 @@ class SamplingParams:
         distribution, before penalties, temperature and filters (vLLM's "raw_logprobs").
     n: samples of one prompt. With temperature 0 they would be equal, and more than one is refused, as in vLLM.
     logits_processors: functions of (token ids so far [1, length], logits [1, vocabulary]) that return the logits, as
-        transformers' are. A batch with such a request waits for the device at every step, and cannot be captured.
+        transformers' are; or, where each request is to have one of its own, something with a method
+        for_request(prompt_ids) that makes it. It is made anew when a row that was put back goes on, and is then given
+        all tokens so far. A batch with such a request waits for the device at every step, and cannot be captured.
     """
 
     max_new_tokens: int = 128
@@ -59,7 +68,7 @@ class SamplingParams:
     min_new_tokens: int = 0
     logprobs: int | None = None
     n: int = 1
-    logits_processors: tuple[LogitsProcessor, ...] = ()
+    logits_processors: tuple[LogitsProcessor | ProcessorMaker, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "logits_processors"):
@@ -94,7 +103,7 @@ class SamplingParams:
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"n: expected 1 with temperature=0, where all samples are equal, got {self.n}")
         for function in self.logits_processors:
-            if not callable(function):
+            if not callable(function) and not hasattr(function, "for_request"):
                 raise ValueError(f"logits_processors: expected functions, got {function!r}")
 
     @classmethod
@@ -117,6 +126,10 @@ class SamplingParams:
     def penalises(self) -> bool:
         """Whether logits depend on the tokens so far by one of the penalties."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def processors_for(self, prompt_ids: Sequence[int]) -> list[LogitsProcessor]:
+        """The logits processors of one request of these parameters."""
+        return [f.for_request(prompt_ids) if hasattr(f, "for_request") else f for f in self.logits_processors]
 
     def _check_int(self, name: str, least: int) -> None:
         value = getattr(self, name)

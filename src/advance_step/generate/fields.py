@@ -1,10 +1,10 @@
 """The fields of a line that say how it is sampled, under our names and those of the OpenAI API."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 from advance_step.decode.sampling_params import SamplingParams
-from advance_step.generate.records import LineError, excerpt
+from advance_step.generate.records import JsonSchema, LineError, excerpt
 
 SAMPLING = {field.name for field in fields(SamplingParams)} - {"logits_processors"}
 ALIASES = {
@@ -41,7 +41,6 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stream": (False,),
@@ -78,6 +77,24 @@ def take_sampling(entry: dict[str, Any]) -> dict[str, Any]:
         sampling["top_k"] = 0
     _settle_logprobs(sampling)
     return sampling
+
+
+def take_schema(entry: dict[str, Any]) -> JsonSchema | Literal[False] | None:
+    """Take `response_format` out of `entry`: the schema that it asks for; False: any text; None: it is left out."""
+    value = entry.pop("response_format", None)
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return False
+    if kind == "json_object":
+        return {"type": "object"}
+    given = value.get("json_schema") if kind == "json_schema" else None
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        forms = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+        raise LineError(f"response_format: expected {forms}, got {excerpt(value)}")
+    return schema
 
 
 def _settle_logprobs(sampling: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from advance_step.generate import openai_batch
 from advance_step.generate.content import take_content
-from advance_step.generate.fields import take_flag, take_sampling
+from advance_step.generate.fields import take_flag, take_sampling, take_schema
 from advance_step.generate.records import LineError, Prompt, excerpt
 
 # Deeper than any line that means something; Python's own limit depends on who calls.
@@ -31,13 +31,13 @@ def parse_line(line: str, number: int, raw: bool) -> Prompt:
         raise LineError(f"id: expected an integer or a string, got {excerpt(id_)}", None, False)
     try:
         content = take_content(entry, ("prompt", "messages"))
-        sampling = take_sampling(entry)
+        sampling, schema = take_sampling(entry), take_schema(entry)
         wants_ids = take_flag(entry, "return_token_ids")
         if taken := [name for name in RESULT_FIELDS if name in entry]:
             raise LineError(f"{taken[0]}: expected no field of this name, which the result has, got one")
     except LineError as error:
         raise LineError(str(error), id_, False) from error
-    return Prompt(number, id_, content, not raw, sampling, wants_ids, entry)
+    return Prompt(number, id_, content, not raw, sampling, wants_ids, entry, json_schema=schema)
 
 
 def parse_object(line: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 from advance_step.generate.content import take_content
-from advance_step.generate.fields import take_flag, take_sampling
+from advance_step.generate.fields import take_flag, take_sampling, take_schema
 from advance_step.generate.records import BadLine, Endpoint, LineError, Prompt, excerpt
 from advance_step.generate.texts import Text
 
@@ -48,12 +48,12 @@ def parse_request(entry: dict[str, Any], number: int) -> Prompt:
         for unread in NOT_LOOKED_AT:
             body.pop(unread, None)
         content = take_content(body, (name,))
-        sampling = take_sampling(body)
+        sampling, schema = take_sampling(body), take_schema(body)
         wants_ids = take_flag(body, "return_token_ids")
         _nothing_left(body)
     except LineError as error:
         raise LineError(str(error), id_, True) from error
-    return Prompt(number, id_, content, False, sampling, wants_ids, endpoint=endpoint)
+    return Prompt(number, id_, content, False, sampling, wants_ids, endpoint=endpoint, json_schema=schema)
 
 
 def _nothing_left(entry: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = dict[str, Any]  # {"role": ..., "content": ...}
+JsonSchema = dict[str, Any]
 
 # The two kinds of request of the OpenAI batch format that are served, by the end of their URL.
 Endpoint = Literal["chat/completions", "completions"]
@@ -23,6 +24,7 @@ class Prompt:
     return_token_ids: whether the result is to have the token ids.
     fields: what else the line has, for the result.
     endpoint: of a line of the OpenAI batch format; None: a line of our own format.
+    json_schema: what the text is to be JSON of; False: nothing; None: what the run says.
     """
 
     line: int
@@ -33,6 +35,7 @@ class Prompt:
     return_token_ids: bool = False
     fields: dict[str, Any] = field(default_factory=dict)
     endpoint: Endpoint | None = None
+    json_schema: JsonSchema | Literal[False] | None = None
 
 
 @dataclass

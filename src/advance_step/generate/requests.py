@@ -4,38 +4,68 @@ from dataclasses import replace
 from typing import Any
 
 from advance_step.decode.counter_random import derive_seed
+from advance_step.decode.json_output import JsonGrammars
 from advance_step.decode.request import Request
 from advance_step.decode.sampling_params import SamplingParams, ignored_fields
 from advance_step.decode.text import encode, text_of
+from advance_step.generate.model import context_length, stop_token_ids
 from advance_step.generate.records import LineError, Prompt
+from advance_step.generate.settings import Settings
 from advance_step.generate.texts import Logprob, Text
 
 
-def to_requests(prompt: Prompt, options: dict[str, Any], model: Any, tokenizer: Any, context: int) -> list[Request]:
-    """A request for each of the prompt's samples; new tokens end with the model's context.
+class RequestMaker:
+    """Makes requests of prompts: each sampled as its line says, else as the settings do, else as the model's
+    generation config does."""
 
-    A prompt is sampled as its line says, else as the options do, else as the model's generation config does. Without a
-    seed of its own, a line has one that follows from the options' seed and its number: any run of a job draws the same.
+    def __init__(self, model: Any, tokenizer: Any, settings: Settings) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.context = context_length(model)
+        vocab_size = model.config.get_text_config().vocab_size
+        self.grammars = JsonGrammars(tokenizer, vocab_size, stop_token_ids(model))
 
-    Raises LineError for a prompt that cannot be decoded, and ValueError where the model has no chat template for any.
-    """
-    given = options | prompt.sampling
-    if "seed" not in prompt.sampling:
-        given["seed"] = derive_seed(options["seed"], prompt.line)
-    ids = prompt_ids(tokenizer, prompt)
-    if not ids:
-        raise LineError("prompt: expected at least one token, got none")
-    if len(ids) >= context:
-        raise LineError(f"prompt: expected fewer than {context} tokens (the context), got {len(ids)}")
-    try:
-        params = SamplingParams.from_generation_config(model.generation_config, **given)
-    except ValueError as error:
-        raise LineError(str(error)) from error
-    most = min(params.max_new_tokens, context - len(ids))
-    params = replace(params, max_new_tokens=most, min_new_tokens=min(params.min_new_tokens, most))
-    assert params.seed is not None
-    seeds = [derive_seed(params.seed, sample) for sample in range(params.n)]
-    return [Request(prompt.line, ids, replace(params, n=1, seed=seed)) for seed in seeds]
+    def requests(self, prompt: Prompt) -> list[Request]:
+        """A request for each of the prompt's samples; new tokens end with the model's context.
+
+        Without a seed of its own, a line has one that follows from the settings' seed and its number: any run of a job
+        draws the same.
+
+        Raises LineError for a prompt that cannot be decoded, and ValueError where the model has no chat template for
+        any.
+        """
+        given = self.settings.sampling | prompt.sampling
+        if "seed" not in prompt.sampling:
+            given["seed"] = derive_seed(self.settings.sampling["seed"], prompt.line)
+        ids = prompt_ids(self.tokenizer, prompt)
+        if not ids:
+            raise LineError("prompt: expected at least one token, got none")
+        if len(ids) >= self.context:
+            raise LineError(f"prompt: expected fewer than {self.context} tokens (the context), got {len(ids)}")
+        try:
+            params = SamplingParams.from_generation_config(self.model.generation_config, **given)
+            params = self._constrained(prompt, params)
+        except ValueError as error:
+            raise LineError(str(error)) from error
+        most = min(params.max_new_tokens, self.context - len(ids))
+        params = replace(params, max_new_tokens=most, min_new_tokens=min(params.min_new_tokens, most))
+        assert params.seed is not None
+        seeds = [derive_seed(params.seed, sample) for sample in range(params.n)]
+        return [Request(prompt.line, ids, replace(params, n=1, seed=seed)) for seed in seeds]
+
+    def _constrained(self, prompt: Prompt, params: SamplingParams) -> SamplingParams:
+        """The parameters of a text that is JSON, where the line or the settings have a schema."""
+        schema = self.settings.json_schema if prompt.json_schema is None else prompt.json_schema
+        if schema is None or schema is False:
+            return params
+        for name, value, neutral in (
+            ("ignore_eos", params.ignore_eos, False),
+            ("min_new_tokens", params.min_new_tokens, 0),
+        ):
+            if value != neutral:  # when the JSON is whole, the model's end of a text is all that may come
+                raise ValueError(f"{name}: expected {neutral} of a text that is to be JSON, got {value}")
+        return replace(params, logits_processors=(self.grammars.constraint(schema),))
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -14,10 +14,10 @@ from advance_step.generate import screen
 from advance_step.generate.engine import make_decoder
 from advance_step.generate.in_order import InOrder
 from advance_step.generate.inputs import Input
-from advance_step.generate.model import context_length, load_model
+from advance_step.generate.model import load_model
 from advance_step.generate.outputs import Output
 from advance_step.generate.records import BadLine, LineError, Prompt, digest_of_id
-from advance_step.generate.requests import remarks, to_requests, to_text
+from advance_step.generate.requests import RequestMaker, remarks, to_text
 from advance_step.generate.results import error_result, result
 from advance_step.generate.settings import DTYPES, Settings
 from advance_step.generate.verify import verify
@@ -88,6 +88,7 @@ class Run:
 
     def _decode(self, model: Any, tokenizer: Any, records: Iterator[Prompt | BadLine]) -> None:
         """Decode the records and hand out each result: a text as it grows if it is the only one and for the screen."""
+        maker = RequestMaker(model, tokenizer, self.settings)
         decoder = make_decoder(model, tokenizer, self.settings, self.source.total)
         if decoder.captured:
             screen.say(f"on {self.settings.device}: steps captured in CUDA graphs, attention by {decoder.attention}")
@@ -98,7 +99,7 @@ class Run:
         stream = screen.text_stream(tokenizer, screen.write)
         with screen.progress_bar() as bar:
             task = bar.add_task("", total=self.source.total, completed=before, visible=not alone)
-            for done in decoder.run(self._requests(records, decoder, model, tokenizer)):
+            for done in decoder.run(self._requests(records, decoder, maker)):
                 if alone:
                     for pending in self.pending.values():
                         stream(pending.requests[0])
@@ -109,17 +110,16 @@ class Run:
         screen.say(screen.summary(decoder.figures, self.finished - before))
 
     def _requests(
-        self, records: Iterator[Prompt | BadLine], decoder: Decoder, model: Any, tokenizer: Any
+        self, records: Iterator[Prompt | BadLine], decoder: Decoder, maker: RequestMaker
     ) -> Iterator[Request]:
         """The requests of the prompts; a line that is none, or that the decoder refuses, fails."""
-        context = context_length(model)
         for record in records:
             self.order.expect(record.line)
             if isinstance(record, BadLine):
                 self._fail(record)
                 continue
             try:
-                requests = to_requests(record, self.settings.sampling, model, tokenizer, context)
+                requests = maker.requests(record)
                 _check(decoder, requests[0])
             except LineError as error:
                 self._fail(BadLine(record.line, str(error), record.id, record.endpoint is not None))

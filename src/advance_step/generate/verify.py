@@ -5,15 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from advance_step.decode.request import Request
 from advance_step.decode.sampling_params import SamplingParams
 from advance_step.decode.text import eos_token_ids
 from advance_step.generate.engine import make_decoder
-from advance_step.generate.model import context_length, load_model
+from advance_step.generate.model import load_model
 from advance_step.generate.records import Prompt
-from advance_step.generate.requests import to_requests
+from advance_step.generate.requests import RequestMaker
 from advance_step.generate.screen import say
 from advance_step.generate.settings import Settings
 
@@ -28,11 +28,8 @@ def verify(model: Any, tokenizer: Any, prompts: Sequence[tuple[Prompt, Request |
     again = settings.dtype != "float32"
     if again:
         model, _ = load_model(settings.model, torch.float32, say, settings.device)
-    context = context_length(model)
-    requests = [
-        to_requests(prompt, settings.sampling, model, tokenizer, context)[0] if again or request is None else request
-        for prompt, request in prompts
-    ]
+    maker = RequestMaker(model, tokenizer, settings)
+    requests = [maker.requests(prompt)[0] if again or request is None else request for prompt, request in prompts]
     comparable = [request for request in requests if is_comparable(request.sampling)]
     if todo := [request for request in comparable if request.finish_reason is None]:
         plain = replace(settings, compile=False, draft_tokens=0)
@@ -82,6 +79,11 @@ def _generated(model: Any, own: GenerationConfig, request: Request) -> list[int]
         pad_token_id=ends[0] if ends else 0,
     )
     prompt = torch.tensor([request.prompt_ids], device=model.device)  # [1, tokens]
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        logits_processor=LogitsProcessorList(sampling.processors_for(request.prompt_ids)),
+    )
     tokens: list[int] = output[0, prompt.shape[1] :].tolist()
     return tokens[: len(request.tokens)] if request.stop_string else tokens
