@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from advance_step.cli import app
@@ -162,3 +163,10 @@ def test_example_prompts_are_good_input():
         list(open_input(str(EXAMPLES / name), False).records) for name in ("prompts.txt", "prompts.jsonl")
     )
     assert len(texts) == 8 and [prompt.id for prompt in objects] == ["sky", "rain", "lock", "mail"]
+
+
+def test_every_option_of_generate_is_in_a_group():
+    options = [option for option in get_command(app).commands["generate"].params if option.name != "prompts"]
+    groups = {option.name: option.rich_help_panel for option in options}
+    assert [name for name, group in groups.items() if not group] == []
+    assert groups["report"] == groups["verify"] == "Checks and reports"

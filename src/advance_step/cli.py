@@ -9,7 +9,7 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # Groups of options in --help.
-FILES, MODEL, TEXT, BATCH = "Files", "Model", "Text", "Batch"
+FILES, MODEL, TEXT, BATCH, CHECKS = "Files", "Model", "Text", "Batch", "Checks and reports"
 BY_MODEL = "as the model's generation_config; greedy"
 
 
@@ -29,12 +29,14 @@ def info() -> None:
 
 @app.command()
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; or give --input.", show_default=False)] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; --input takes a file of them.", show_default=False)
+    ] = None,
     input: Annotated[
         str | None,
         typer.Option(
-            help='A file, also .gz, or - for stdin: {"prompt": ...} or {"messages": ...} a line, lines of the OpenAI '
-            "batch format, or a prompt a line (.txt).",
+            help='A file, also .gz, or - for stdin; a line is {"prompt": ...} or {"messages": ...}, one of '
+            "the OpenAI batch format, or in a .txt file a prompt.",
             rich_help_panel=FILES,
         ),
     ] = None,
@@ -42,7 +44,7 @@ def generate(
         str | None, typer.Option(help="Write each result here, as a JSON line; - for stdout.", rich_help_panel=FILES)
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on with an --output that exists: skip what it has.", rich_help_panel=FILES)
+        bool, typer.Option(help="Go on with an --output that exists, and skip what it has.", rich_help_panel=FILES)
     ] = False,
     ordered: Annotated[
         bool, typer.Option("--ordered", help="Write results in the order of the input.", rich_help_panel=FILES)
@@ -59,7 +61,11 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MODEL)] = "bfloat16",
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the decode step: a minute or two, then faster.", rich_help_panel=MODEL),
+        typer.Option(
+            "--compile",
+            help="Compile the decode step, which takes a minute or two and makes it faster.",
+            rich_help_panel=MODEL,
+        ),
     ] = False,
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not put prompts into the model's chat template.", rich_help_panel=TEXT)
@@ -71,24 +77,49 @@ def generate(
         int | None, typer.Option(help="Tokens before which a text does not end.", rich_help_panel=TEXT)
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="0: the likeliest token.", show_default=BY_MODEL, rich_help_panel=TEXT)
+        float | None,
+        typer.Option(
+            help="How far draws go beyond the likeliest token; 0 takes it always.",
+            show_default=BY_MODEL,
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(help="Likeliest tokens of this probability.", show_default=BY_MODEL, rich_help_panel=TEXT),
+        typer.Option(
+            help="Draw from the likeliest tokens of this probability together.",
+            show_default=BY_MODEL,
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="So many likeliest tokens.", show_default=BY_MODEL, rich_help_panel=TEXT)
+        int | None,
+        typer.Option(help="Draw from so many of the likeliest tokens.", show_default=BY_MODEL, rich_help_panel=TEXT),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Tokens of this share of the likeliest's.", show_default=BY_MODEL, rich_help_panel=TEXT),
+        typer.Option(
+            help="Draw from tokens of at least this share of the likeliest's probability.",
+            show_default=BY_MODEL,
+            rich_help_panel=TEXT,
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="1: none.", show_default=BY_MODEL, rich_help_panel=TEXT)
+        float | None,
+        typer.Option(
+            help="How much less likely tokens of the text so far become; 1 changes nothing.",
+            show_default=BY_MODEL,
+            rich_help_panel=TEXT,
+        ),
     ] = None,
-    presence_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=TEXT)] = None,
-    frequency_penalty: Annotated[float | None, typer.Option(help="-2 to 2; 0: none.", rich_help_panel=TEXT)] = None,
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(help="What a token loses that was generated before, -2 to 2.", rich_help_panel=TEXT),
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None,
+        typer.Option(help="What a token loses for each time that it was generated, -2 to 2.", rich_help_panel=TEXT),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Each line draws by it and its number.", rich_help_panel=TEXT)] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A text that ends a result; may be repeated.", rich_help_panel=TEXT)
@@ -98,10 +129,10 @@ def generate(
         typer.Option(help="Log-probabilities of each token and of so many likeliest.", rich_help_panel=TEXT),
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="The model's end of a text ends nothing.", rich_help_panel=TEXT)
+        bool, typer.Option("--ignore-eos", help="Go on after the model's end of a text.", rich_help_panel=TEXT)
     ] = False,
     json_schema: Annotated[
-        str | None, typer.Option(help="A file: every text is JSON of this schema.", rich_help_panel=TEXT)
+        str | None, typer.Option(help="A file with a JSON schema, which every text then follows.", rich_help_panel=TEXT)
     ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts that are decoded together.", rich_help_panel=BATCH)
@@ -136,8 +167,17 @@ def generate(
         typer.Option(min=0, help="Tokens guessed from the text so far and verified in a step.", rich_help_panel=BATCH),
     ] = 0,
     verify: Annotated[
-        int, typer.Option(min=0, help="Compare that many prompts with transformers' generate, in float32.")
+        int,
+        typer.Option(
+            min=0, help="Compare so many prompts with transformers' generate, in float32.", rich_help_panel=CHECKS
+        ),
     ] = 0,
+    report: Annotated[
+        str | None,
+        typer.Option(
+            help="Write a page of charts (.html) here: rates, rows, pages, latencies.", rich_help_panel=CHECKS
+        ),
+    ] = None,
 ) -> None:
     """Decode prompts with a Hugging Face causal LM over a paged KV cache.
 
@@ -187,7 +227,7 @@ def generate(
                 verify=verify,
                 json_schema=read_schema(json_schema) if json_schema else None,
             )
-            code = job.generate(prompts or [], input, output, resume, settings)
+            code = job.generate(prompts or [], input, output, resume, settings, report)
     except BrokenPipeError:  # nobody reads any more; and nothing is to be flushed to them at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE

@@ -512,3 +512,21 @@ def test_200_prompts_through_a_tenth_of_their_pages(llama, sampling):
     print(f"{few.figures.preemptions} preemptions, {needed // 10} of {needed} pages")
     assert few.figures.preemptions > 50
     assert few.pool.available == few.pool.size
+
+
+def test_occupancy_between_two_yields(llama, prompts):
+    """Every request that is not finished and has begun is in the batch; pages are held as long as somebody is."""
+    requests = of_lengths(prompts, [9] * len(prompts))
+    decoder = decoder_for(llama, batch_size=3, max_num_batched_tokens=7)
+    assert decoder.occupancy == ([], [], 0)
+    seen, pieces = set(), 0
+    for _ in decoder.run(requests):
+        live, prefilling, pages = decoder.occupancy
+        assert [id(request) for request in live] == [id(row.request) for row in decoder.scheduler.rows]
+        assert all(request.tokens and not request.finish_reason for request in live)
+        assert not any(request.tokens for request in prefilling)
+        assert len(live) + len(prefilling) <= 3 and bool(pages) == bool(live or prefilling)
+        seen |= {request.id for request in (*live, *prefilling)}
+        pieces += len(prefilling)
+    assert seen == {request.id for request in requests} and pieces
+    assert decoder.occupancy == ([], [], 0)

@@ -11,13 +11,15 @@ from typer.main import get_command
 from advance_step.cli import app
 from advance_step.generate.fields import SAMPLING
 from advance_step.generate.job import generate
+from advance_step.generate.json_lines import parse_line
 from advance_step.generate.settings import Settings
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "generate.md").read_text()
 
 
 def test_the_lines_of_the_page_run(tiny, tmp_path):
-    own, result, batch, error = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    own, result, batch, constrained, error = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    assert parse_line(constrained, 1, False).json_schema
     (tmp_path / "in.jsonl").write_text(own + batch + "bad")
     sampling = {"max_new_tokens": 4, "seed": 0}
     settings = Settings(model=str(tiny), dtype="float32", sampling=sampling, ordered=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+
+import pytest
 
 from advance_step.decode.request import Figures, Request
 from advance_step.generate.records import BadLine, Prompt
@@ -75,5 +78,28 @@ def test_words_for_a_reader():
     assert as_read(Prompt(1, 1, [5, 6], True), [text]) == "[1] [5, 6]\nIt is.\n\n"
     assert failures(2, None, None) == "2 lines failed in an earlier run"
     assert failures(1, BadLine(3, "why"), None) == "1 line failed"
+
+
+def test_progress_says_what_is_known():
     figures = Figures(steps=10, tokens=50, prefill_seconds=1.0, decode_seconds=4.0)
-    assert progress_line(figures, 3) == "50 tokens, 10 tokens/s, 3 rows live"
+    rates = "10 tokens/s, 3 rows live"
+    assert progress_line(figures, 3, 0, 5.0, 90) == f"{rates}, 0:00:05 so far"
+    assert progress_line(figures, 3, 10, 5.0, 90) == f"{rates}, 2.0 prompts/s, 0:00:45 left"
+    assert progress_line(figures, 3, 10, 5.0, None) == f"{rates}, 2.0 prompts/s, 0:00:05 so far"
+    assert progress_line(figures, 3, 2, 90.0, 100) == f"{rates}, 45.0 s/prompt, 1:15:00 left"
+
+
+@pytest.mark.parametrize("total, shown", [(4, "1/4 prompts"), (None, "1/? prompts")])
+def test_the_bar_on_a_terminal(monkeypatch, total, shown):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress_bar() as bar:
+        bar.update(bar.add_task("", total=total), completed=1, description="2.0 prompts/s, 0:00:45 left")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert shown in text and "2.0 prompts/s, 0:00:45 left" in text

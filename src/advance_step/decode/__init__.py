@@ -5,8 +5,8 @@
 
 from advance_step.decode.generate import Completion, generate
 from advance_step.decode.loop import Decoder
-from advance_step.decode.request import Figures, Request
+from advance_step.decode.request import Figures, Occupancy, Request
 from advance_step.decode.sampling import TokenLogprobs
 from advance_step.decode.sampling_params import SamplingParams
 
-__all__ = ["Completion", "Decoder", "Figures", "Request", "SamplingParams", "TokenLogprobs", "generate"]
+__all__ = ["Completion", "Decoder", "Figures", "Occupancy", "Request", "SamplingParams", "TokenLogprobs", "generate"]

@@ -22,7 +22,7 @@ from advance_step.decode.drafts import DraftBatch
 from advance_step.decode.model_check import check_model
 from advance_step.decode.pages import PagePool
 from advance_step.decode.prefill import prefill
-from advance_step.decode.request import Figures, Request
+from advance_step.decode.request import Figures, Occupancy, Request
 from advance_step.decode.sampling import Sampler
 from advance_step.decode.scheduler import Chunk, Scheduler
 from advance_step.errors import CHECK_VALUES
@@ -170,6 +170,11 @@ class Decoder:
     def num_rows(self) -> int:
         """Live rows."""
         return len(self.scheduler.rows) if self.scheduler else 0
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """Who is in the batch between two yields of `run`; made when it is asked for, so that it costs nothing else."""
+        return self.scheduler.occupancy if self.scheduler else Occupancy([], [], 0)
 
     def check(self, request: Request) -> None:
         """ValueError for a request that this decoder cannot take, naming it and why."""

@@ -1,6 +1,7 @@
 """What is to be decoded, and what has been."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from advance_step.decode.sampling import TokenLogprobs
 from advance_step.decode.sampling_params import SamplingParams
@@ -70,3 +71,16 @@ class Figures:
     def seconds(self) -> float:
         """Prefill and decoding together."""
         return self.prefill_seconds + self.decode_seconds
+
+
+class Occupancy(NamedTuple):
+    """Who is in the batch, and how many pages they hold.
+
+    live: the requests that decode, in the order of their rows.
+    prefilling: those that have pages, and whose prompts are computed in part.
+    pages: pages that somebody holds; one that is kept for its prefix alone is not among them.
+    """
+
+    live: list[Request]
+    prefilling: list[Request]
+    pages: int

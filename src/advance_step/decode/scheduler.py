@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from advance_step.decode.pages import ROOT, PagePool
-from advance_step.decode.request import Request
+from advance_step.decode.request import Occupancy, Request
 
 
 @dataclass(eq=False)
@@ -80,6 +80,12 @@ class Scheduler:
         self.shared_tokens = 0  # of prompts, those that need not be computed
         self._requests: Iterator[Request] = iter(requests)
         self._admitted = 0
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """Who has been admitted, and how many pages they hold."""
+        live, prefilling = ([row.request for row in rows] for rows in (self.rows, self.prefilling))
+        return Occupancy(live, prefilling, self.pool.size - self.pool.available)
 
     def prefill(self) -> list[Chunk]:
         """The next pass: admitted rows' tokens, in order, as many as a pass may have; none if there is nothing to do.

@@ -1,10 +1,11 @@
 """One run of the job: lines become requests as rows get free, and requests results as they finish."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -22,6 +23,9 @@ from advance_step.generate.results import error_result, result
 from advance_step.generate.settings import DTYPES, Settings
 from advance_step.generate.verify import verify
 
+if TYPE_CHECKING:
+    from advance_step.generate.report.report import Report
+
 
 @dataclass
 class Pending:
@@ -36,12 +40,15 @@ class Run:
     """What is on its way from the input to the output, or, without one, to the screen.
 
     finished: prompts that are, with those of an earlier run.
+    total: lines of the input, where that is known; while a file is read, its blank lines among them.
     """
 
-    def __init__(self, source: Input, out: Output | None, settings: Settings) -> None:
+    def __init__(self, source: Input, out: Output | None, settings: Settings, report: "Report | None" = None) -> None:
         self.source = source
+        self.total = source.total
         self.out = out
         self.settings = settings
+        self.report = report
         self.finished = len(out.done) if out else 0
         self.num_failed = len(out.failed_lines) if out else 0
         self.first_failed: BadLine | None = None
@@ -94,19 +101,26 @@ class Run:
             screen.say(f"on {self.settings.device}: steps captured in CUDA graphs, attention by {decoder.attention}")
         for remark in remarks(model, self.settings.sampling):
             screen.say(remark)
-        before = self.finished
+        if self.report:
+            self.report.begin(decoder)
+        begun, before, lines_before = time.perf_counter(), self.finished, self.finished + self.num_failed
         alone = self.out is None and self.source.total == 1
         stream = screen.text_stream(tokenizer, screen.write)
         with screen.progress_bar() as bar:
-            task = bar.add_task("", total=self.source.total, completed=before, visible=not alone)
+            task = bar.add_task("", total=self.total, completed=lines_before, visible=not alone)
             for done in decoder.run(self._requests(records, decoder, maker)):
+                if self.report:
+                    self.report.look(decoder, done)
                 if alone:
                     for pending in self.pending.values():
                         stream(pending.requests[0])
                 for request in done:
                     self._finish(request, model, tokenizer, alone)
-                line = screen.progress_line(decoder.figures, decoder.num_rows)
-                bar.update(task, completed=self.finished + self.num_failed, description=line)
+                lines = self.finished + self.num_failed
+                left = None if self.total is None else max(0, self.total - lines)
+                seconds = time.perf_counter() - begun
+                line = screen.progress_line(decoder.figures, decoder.num_rows, lines - lines_before, seconds, left)
+                bar.update(task, total=self.total, completed=lines, description=line)
         screen.say(screen.summary(decoder.figures, self.finished - before))
 
     def _requests(
@@ -127,6 +141,7 @@ class Run:
             self.pending[record.line] = Pending(record, requests, len(requests))
             self._note_for_verify(record, requests[0])
             yield from requests
+        self.total = self.finished + self.num_failed + len(self.pending)
 
     def _finish(self, request: Request, model: Any, tokenizer: Any, alone: bool) -> None:
         """A request is finished; with the last one of its prompt, the result is written."""

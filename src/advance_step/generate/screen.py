@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -42,12 +43,12 @@ def failures(count: int, first: BadLine | None, out: Output | None) -> str:
 
 
 def progress_bar() -> Progress:
-    """Prompts done, tokens, tokens per second, live rows; on stderr, and only if that is a terminal."""
+    """Prompts done, of how many if that is known, and `progress_line`; on stderr, and only if that is a terminal."""
     terminal = sys.stderr.isatty()  # rich would take FORCE_COLOR for one
     return Progress(
         MofNCompleteColumn(),
         TextColumn("prompts"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.description}"),
         console=Console(stderr=True),
         disable=not terminal,
@@ -55,9 +56,19 @@ def progress_bar() -> Progress:
     )
 
 
-def progress_line(figures: Figures, live: int) -> str:
-    """The moving part of the bar."""
-    return f"{figures.tokens} tokens, {figures.tokens / figures.seconds:.0f} tokens/s, {live} rows live"
+def progress_line(figures: Figures, live: int, done: int, seconds: float, left: int | None) -> str:
+    """The moving part of the bar: what is known of rates, and of the time that is left.
+
+    live: rows. done: prompts of this run, in so many seconds. left: prompts to be done, None where nobody knows.
+    """
+    parts = [f"{figures.tokens / figures.seconds:.0f} tokens/s", f"{live} rows live"]
+    if done:
+        parts.append(f"{done / seconds:.1f} prompts/s" if done >= seconds else f"{seconds / done:.1f} s/prompt")
+    if done and left is not None:
+        parts.append(f"{timedelta(seconds=round(left * seconds / done))} left")
+    else:
+        parts.append(f"{timedelta(seconds=int(seconds))} so far")
+    return ", ".join(parts)
 
 
 def summary(figures: Figures, finished: int) -> str:
