@@ -33,6 +33,10 @@ format: $(VENV)/test ## ruff, clang-format: rewrite
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
+docs: $(VENV)/test ## the site of docs/, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html is the first page; see also: $(BIN)/python -m mkdocs serve"
+
 wheel: $(VENV)/torch ## the wheel that users get, in dist/
 	rm -rf build
 	ADVANCE_STEP_BUILD=1 $(PIP) wheel $(BUILD) --wheel-dir dist .
@@ -83,7 +87,7 @@ lock: ## resolve requirements/lock.txt from pyproject.toml (needs uv; ARGS=--upg
 	sed -i -E '/^(torch|cuda-|nvidia-)/d' requirements/lock.txt
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) $(ASCEND) $(VLLM_VENV) build dist src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ASCEND) $(VLLM_VENV) build dist site src/*.egg-info src/advance_step/_C.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/python:
@@ -123,4 +127,4 @@ $(VLLM_VENV)/package: pyproject.toml setup.py $(CSRC) $(VLLM_VENV)/installed
 	ADVANCE_STEP_BUILD=1 $(VLLM_VENV)/bin/python -m pip install --quiet $(BUILD) --editable .
 	@touch $@
 
-.PHONY: help demo test lint format wheel bench test-sanitize test-ascend test-vllm test-gpu gpu-report lock clean
+.PHONY: help demo test lint format docs wheel bench test-sanitize test-ascend test-vllm test-gpu gpu-report lock clean

@@ -20,7 +20,9 @@ import advance_step
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 OPERATORS = [name for name in advance_step.__all__ if hasattr(torch.ops.advance_step, name)]
-OPERATOR_PAGES = [DOCS / f"{name}.md" for name in OPERATORS] + [DOCS / "zh" / "npu_advance_step_flashattn.md"]
+OPERATOR_PAGES = [DOCS / f"{name}.md" for name in OPERATORS] + [
+    page for page in sorted((DOCS / "zh").glob("*.md")) if page.stem in OPERATORS
+]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md")
 EVERY_PAGE = sorted(page for place in PLACES for page in ROOT.glob(place))
 TRANSLATED = sorted((DOCS / "zh").glob("*.md"))
@@ -130,3 +132,23 @@ def test_index_lists_every_page():
     index = (DOCS / "README.md").read_text()
     missing = [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name}" not in index]
     assert not missing
+
+
+def test_the_drawings_are_what_their_script_draws(tmp_path):
+    """Their numbers are the operators'."""
+    run = subprocess.run([sys.executable, DOCS / "_build" / "drawings.py", tmp_path], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    drawn = {path.name: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert drawn == {path.name: path.read_text() for path in (DOCS / "images").glob("*.svg")} and len(drawn) == 8
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    """As `make docs` builds it; with what the pages link to outside of docs/, and a page for every function."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reference = (tmp_path / "reference.html").read_text()
+    assert all(f'id="advance_step.ops.{name}"' in reference for name in OPERATORS)
+    assert (tmp_path / "benchmarks/results/operator-cpu-2026-11-25.png").exists()
+    assert (tmp_path / "one_step/page.js").exists()

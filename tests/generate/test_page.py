@@ -9,6 +9,7 @@ from pathlib import Path
 from typer.main import get_command
 
 from advance_step.cli import app
+from advance_step.decode.json_output import check_schema
 from advance_step.generate.fields import SAMPLING
 from advance_step.generate.job import generate
 from advance_step.generate.json_lines import parse_line
@@ -18,8 +19,7 @@ PAGE = (Path(__file__).parent.parent.parent / "docs" / "generate.md").read_text(
 
 
 def test_the_lines_of_the_page_run(tiny, tmp_path):
-    own, result, batch, constrained, error = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
-    assert parse_line(constrained, 1, False).json_schema
+    own, result, batch, _, error = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "in.jsonl").write_text(own + batch + "bad")
     sampling = {"max_new_tokens": 4, "seed": 0}
     settings = Settings(model=str(tiny), dtype="float32", sampling=sampling, ordered=True)
@@ -35,6 +35,13 @@ def test_the_lines_of_the_page_run(tiny, tmp_path):
     documented = json.loads(error)
     assert {"id": None, "line": 6, "error": "x"}.keys() == documented.keys()
     assert bad["error"]["message"] == f"line 6: {documented['error']}"
+
+
+def test_the_schema_of_the_page_is_served():
+    line = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[3]
+    prompt = parse_line(line, 1, raw=False)
+    check_schema(prompt.json_schema)
+    assert prompt.json_schema["required"] == ["name", "inhabitants"]
 
 
 def test_what_the_page_names_is_there():
