@@ -83,23 +83,24 @@ def test_words_for_a_reader():
 def test_progress_says_what_is_known():
     figures = Figures(steps=10, tokens=50, prefill_seconds=1.0, decode_seconds=4.0)
     rates = "10 tokens/s, 3 rows live"
-    assert progress_line(figures, 3, 0, 5.0, 90) == f"{rates}, 0:00:05 so far"
-    assert progress_line(figures, 3, 10, 5.0, 90) == f"{rates}, 2.0 prompts/s, 0:00:45 left"
-    assert progress_line(figures, 3, 10, 5.0, None) == f"{rates}, 2.0 prompts/s, 0:00:05 so far"
-    assert progress_line(figures, 3, 2, 90.0, 100) == f"{rates}, 45.0 s/prompt, 1:15:00 left"
+    assert progress_line(figures, 3, 0, 90, 0, 5.0) == f"0/90 prompts, 0:00:05 so far, {rates}"
+    assert progress_line(figures, 3, 10, 100, 0, 5.0) == f"10/100 prompts, 0:00:45 left, 2.0 prompts/s, {rates}"
+    assert progress_line(figures, 3, 10, None, 0, 5.0) == f"10/? prompts, 0:00:05 so far, 2.0 prompts/s, {rates}"
+    assert progress_line(figures, 3, 9, 109, 7, 90.0) == f"9/109 prompts, 1:15:00 left, 45.0 s/prompt, {rates}"
 
 
-@pytest.mark.parametrize("total, shown", [(4, "1/4 prompts"), (None, "1/? prompts")])
-def test_the_bar_on_a_terminal(monkeypatch, total, shown):
+@pytest.mark.parametrize(
+    "columns, shown", [(60, "1234/90000 prompts, 0:53:21 left, 30.9 prompts/s"), (160, "9 rows live")]
+)
+def test_the_bar_on_a_terminal(monkeypatch, columns, shown):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    line = "1234/90000 prompts, 0:53:21 left, 30.9 prompts/s, 3086 tokens/s, 9 rows live"
     with progress_bar() as bar:
-        bar.update(bar.add_task("", total=total), completed=1, description="2.0 prompts/s, 0:00:45 left")
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    assert shown in text and "2.0 prompts/s, 0:00:45 left" in text
+        bar.update(bar.add_task("", total=90000), completed=1234, description=line)
+    assert shown in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())

@@ -117,9 +117,8 @@ class Run:
                 for request in done:
                     self._finish(request, model, tokenizer, alone)
                 lines = self.finished + self.num_failed
-                left = None if self.total is None else max(0, self.total - lines)
                 seconds = time.perf_counter() - begun
-                line = screen.progress_line(decoder.figures, decoder.num_rows, lines - lines_before, seconds, left)
+                line = screen.progress_line(decoder.figures, decoder.num_rows, lines, self.total, lines_before, seconds)
                 bar.update(task, total=self.total, completed=lines, description=line)
         screen.say(screen.summary(decoder.figures, self.finished - before))
 

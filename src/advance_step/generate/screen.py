@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from advance_step.decode.request import Figures, Request
 from advance_step.decode.text import text_of
@@ -43,11 +43,9 @@ def failures(count: int, first: BadLine | None, out: Output | None) -> str:
 
 
 def progress_bar() -> Progress:
-    """Prompts done, of how many if that is known, and `progress_line`; on stderr, and only if that is a terminal."""
+    """A bar, and `progress_line` beside it; on stderr, and only if that is a terminal."""
     terminal = sys.stderr.isatty()  # rich would take FORCE_COLOR for one
     return Progress(
-        MofNCompleteColumn(),
-        TextColumn("prompts"),
         BarColumn(bar_width=20),
         TextColumn("{task.description}"),
         console=Console(stderr=True),
@@ -56,19 +54,21 @@ def progress_bar() -> Progress:
     )
 
 
-def progress_line(figures: Figures, live: int, done: int, seconds: float, left: int | None) -> str:
-    """The moving part of the bar: what is known of rates, and of the time that is left.
+def progress_line(figures: Figures, live: int, lines: int, total: int | None, earlier: int, seconds: float) -> str:
+    """What stands beside the bar: what is known of how much is done, of the time that is left, and of rates.
 
-    live: rows. done: prompts of this run, in so many seconds. left: prompts to be done, None where nobody knows.
+    live: rows. lines: those that are done, of `total`, None where nobody knows. earlier: of those, the ones that were
+    done before this run, which has taken so many seconds. A narrow terminal cuts the end off.
     """
-    parts = [f"{figures.tokens / figures.seconds:.0f} tokens/s", f"{live} rows live"]
-    if done:
-        parts.append(f"{done / seconds:.1f} prompts/s" if done >= seconds else f"{seconds / done:.1f} s/prompt")
-    if done and left is not None:
-        parts.append(f"{timedelta(seconds=round(left * seconds / done))} left")
+    done = lines - earlier
+    parts = [f"{lines}/{'?' if total is None else total} prompts"]
+    if done and total is not None:
+        parts.append(f"{timedelta(seconds=round(max(0, total - lines) * seconds / done))} left")
     else:
         parts.append(f"{timedelta(seconds=int(seconds))} so far")
-    return ", ".join(parts)
+    if done:
+        parts.append(f"{done / seconds:.1f} prompts/s" if done >= seconds else f"{seconds / done:.1f} s/prompt")
+    return ", ".join([*parts, f"{figures.tokens / figures.seconds:.0f} tokens/s", f"{live} rows live"])
 
 
 def summary(figures: Figures, finished: int) -> str:
