@@ -166,6 +166,23 @@ def generate(
         int,
         typer.Option(min=0, help="Tokens guessed from the text so far and verified in a step.", rich_help_panel=BATCH),
     ] = 0,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Decode on a Ray cluster, RAY_ADDRESS or a local one; see docs/scale.md.",
+            rich_help_panel=BATCH,
+        ),
+    ] = False,
+    ray_cores: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cores of a worker of --ray on CPUs.",
+            show_default="4, or what a machine has",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
     verify: Annotated[
         int,
         typer.Option(
@@ -226,6 +243,8 @@ def generate(
                 ordered=ordered,
                 verify=verify,
                 json_schema=read_schema(json_schema) if json_schema else None,
+                ray=ray,
+                ray_cores=ray_cores,
             )
             code = job.generate(prompts or [], input, output, resume, settings, report)
     except BrokenPipeError:  # nobody reads any more; and nothing is to be flushed to them at the end

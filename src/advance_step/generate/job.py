@@ -37,7 +37,10 @@ def generate(
         raise ValueError(f"expected prompts or --input, got {got}")
     if resume and not output:
         raise ValueError("--resume: expected an --output to go on with, got none")
-    check_device(settings.device)
+    if settings.ray:
+        _check_for_ray(output, report, settings)
+    else:
+        check_device(settings.device)
     if input and output:
         check_not_the_same(input, output)
     source = open_input(input, settings.raw) if input else from_arguments(texts, settings.raw)
@@ -61,6 +64,18 @@ def generate(
             if out and run.finished:
                 say(f"{run.finished}{of} prompts are finished and {kept}")
             raise
+
+
+def _check_for_ray(output: str | None, report: str | None, settings: Settings) -> None:
+    """ValueError for options that do not go with --ray."""
+    if not output:
+        raise ValueError("--ray: expected an --output, got none")
+    if report:
+        raise ValueError(f"--report: expected none with --ray, whose workers are not drawn, got {report}")
+    if ":" in settings.device:
+        raise ValueError(
+            f"--device: expected cpu or cuda with --ray, which deals out GPUs itself, got {settings.device}"
+        )
 
 
 def _open_report(path: str, files: list[str | None], settings: Settings) -> "Report":

@@ -66,14 +66,16 @@ class Run:
             name = self.out.name if self.out else self.source.name
             screen.say(f"{name} has every prompt already")
         else:
-            disable_progress_bar()  # transformers' own
-            model, tokenizer = load_model(
-                self.settings.model, DTYPES[self.settings.dtype], screen.say, self.settings.device
-            )
-            if first is not None:
-                self._decode(model, tokenizer, chain([first], todo))
-            if self.settings.verify:
-                verified = verify(model, tokenizer, self.to_verify, self.settings)
+            if first is not None and self.settings.ray:
+                self._decode_on_ray(chain([first], todo))
+            if self.settings.verify or not self.settings.ray:
+                disable_progress_bar()  # transformers' own
+                model, tokenizer = load_model(
+                    self.settings.model, DTYPES[self.settings.dtype], screen.say, self.settings.device
+                )
+                if first is not None and not self.settings.ray:
+                    self._decode(model, tokenizer, chain([first], todo))
+                verified = not self.settings.verify or verify(model, tokenizer, self.to_verify, self.settings)
         if self.num_failed:
             screen.say(screen.failures(self.num_failed, self.first_failed, self.out))
         return 0 if verified and not self.num_failed else 1
@@ -108,23 +110,58 @@ class Run:
         stream = screen.text_stream(tokenizer, screen.write)
         with screen.progress_bar() as bar:
             task = bar.add_task("", total=self.total, completed=lines_before, visible=not alone)
-            for done in decoder.run(self._requests(records, decoder, maker)):
+            for done in decoder.run(self.requests(records, decoder, maker)):
                 if self.report:
                     self.report.look(decoder, done)
                 if alone:
                     for pending in self.pending.values():
                         stream(pending.requests[0])
                 for request in done:
-                    self._finish(request, model, tokenizer, alone)
+                    self.finish(request, model, tokenizer, alone)
                 lines = self.finished + self.num_failed
                 seconds = time.perf_counter() - begun
                 line = screen.progress_line(decoder.figures, decoder.num_rows, lines, self.total, lines_before, seconds)
                 bar.update(task, total=self.total, completed=lines, description=line)
         screen.say(screen.summary(decoder.figures, self.finished - before))
 
-    def _requests(
-        self, records: Iterator[Prompt | BadLine], decoder: Decoder, maker: RequestMaker
-    ) -> Iterator[Request]:
+    def _decode_on_ray(self, records: Iterator[Prompt | BadLine]) -> None:
+        """Have the records decoded in blocks by Ray's workers, and write what comes back."""
+        from advance_step.generate.on_ray import BlockResult, Cluster, blocks
+
+        assert self.out
+        out, before, begun, tokens = self.out, self.finished, time.perf_counter(), 0
+        with Cluster(self.settings) as cluster, screen.progress_bar() as bar:
+            screen.say(f"on Ray: {cluster.describe()}")
+            task = bar.add_task("", total=self.total, completed=self.finished + self.num_failed)
+
+            def write(result: BlockResult) -> None:
+                for entry in result.entries:
+                    out.write(entry)
+
+            for number, result in cluster.decode(self._noted(blocks(records, cluster.lines_of_a_block(self.total)))):
+                tokens += result.tokens
+                self.order.ready(number, partial(write, result))
+                self.finished += len(result.entries) - result.num_failed
+                self.num_failed += result.num_failed
+                self.first_failed = self.first_failed or result.first_failed
+                seconds = time.perf_counter() - begun
+                line = f"{tokens} tokens, {tokens / seconds:.0f} tokens/s"
+                bar.update(task, completed=self.finished + self.num_failed, description=line)
+        seconds = time.perf_counter() - begun
+        screen.say(
+            f"{self.finished - before} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s"
+        )
+
+    def _noted(self, blocks: Iterator[list[Prompt | BadLine]]) -> Iterator[list[Prompt | BadLine]]:
+        """The blocks, numbered from 0 in the order in which they are asked for."""
+        for number, block in enumerate(blocks):
+            self.order.expect(number)
+            for record in block:
+                if isinstance(record, Prompt):
+                    self._note_for_verify(record, None)
+            yield block
+
+    def requests(self, records: Iterator[Prompt | BadLine], decoder: Decoder, maker: RequestMaker) -> Iterator[Request]:
         """The requests of the prompts; a line that is none, or that the decoder refuses, fails."""
         for record in records:
             self.order.expect(record.line)
@@ -142,7 +179,7 @@ class Run:
             yield from requests
         self.total = self.finished + self.num_failed + len(self.pending)
 
-    def _finish(self, request: Request, model: Any, tokenizer: Any, alone: bool) -> None:
+    def finish(self, request: Request, model: Any, tokenizer: Any, alone: bool = False) -> None:
         """A request is finished; with the last one of its prompt, the result is written."""
         pending = self.pending[request.id]
         pending.unfinished -= 1

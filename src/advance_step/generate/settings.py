@@ -39,10 +39,14 @@ class Settings:
     ordered: bool = False
     verify: int = 0
     json_schema: JsonSchema | None = None
+    ray: bool = False
+    ray_cores: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype}")
+        if self.ray_cores and not (self.ray and self.device == "cpu"):
+            raise ValueError(f"--ray-cores: expected none without --ray or on GPUs, got {self.ray_cores}")
         SamplingParams(**self.sampling)  # refuses what is out of range
 
     @property
