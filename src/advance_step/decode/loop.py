@@ -200,13 +200,16 @@ class Decoder:
             refuse("a request that has not been decoded", f"one with {len(request.tokens)} tokens")
 
     @torch.inference_mode()
-    def run(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+    def run(self, requests: Iterable[Request | None]) -> Iterator[list[Request]]:
         """Decode all requests; yields after each prefill pass and each sync the requests that it finished (often none).
 
-        The requests are drawn one at a time, as rows get free. Raises ValueError for one that `check` refuses, when it
-        is drawn, and RuntimeError while another run of this decoder is under way. A run that is not carried to its end
-        gives up the rows that it has. Between two yields the model attends as it did before, so that it can be used
-        otherwise, and other decoders of it can run, in the same thread.
+        The requests are drawn one at a time, as rows get free. None among them says that there is none yet: the rows go
+        on, and it is asked again after their next step (or, where there are none, after an empty yield).
+
+        Raises ValueError for one that `check` refuses, when it is drawn, and RuntimeError while another run of this
+        decoder is under way. A run that is not carried to its end gives up the rows that it has. Between two yields the
+        model attends as it did before, so that it can be used otherwise, and other decoders of it can run, in the same
+        thread.
         """
         if self.scheduler is not None:
             raise RuntimeError("run: expected one run at a time, got another one of this decoder")
@@ -225,7 +228,10 @@ class Decoder:
                 chunks = scheduler.prefill()
                 if not chunks and not scheduler.rows:
                     whole = True
-                    return
+                    if scheduler.exhausted:
+                        return
+                    yield []
+                    continue
                 with self.attending:
                     finished = self._prefill(scheduler, chunks) if chunks else self._decode(scheduler)
                 whole = True
@@ -240,8 +246,11 @@ class Decoder:
                 self.pool.forget_all()
             self.scheduler = None
 
-    def _checked(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _checked(self, requests: Iterable[Request | None]) -> Iterator[Request | None]:
         for request in requests:
+            if request is None:
+                yield None
+                continue
             self.check(request)
             scheduler = self.scheduler
             assert scheduler is not None

@@ -60,7 +60,7 @@ class Scheduler:
 
     def __init__(
         self,
-        requests: Iterable[Request],
+        requests: Iterable[Request | None],
         pool: PagePool,
         *,
         block_size: int,
@@ -78,7 +78,8 @@ class Scheduler:
         self.waiting: deque[Row] = deque()  # the one drawn ahead, and those put back, the oldest first
         self.preemptions = 0
         self.shared_tokens = 0  # of prompts, those that need not be computed
-        self._requests: Iterator[Request] = iter(requests)
+        self.exhausted = False  # no request is left to be drawn
+        self._requests: Iterator[Request | None] = iter(requests)
         self._admitted = 0
 
     @property
@@ -173,9 +174,13 @@ class Scheduler:
         return row
 
     def _draw(self) -> bool:
-        """Whether somebody waits; draws the next request if nobody does."""
-        if not self.waiting:
-            request = next(self._requests, None)
+        """Whether somebody waits; draws the next request if nobody does. There may be none yet."""
+        if not self.waiting and not self.exhausted:
+            try:
+                request = next(self._requests)
+            except StopIteration:
+                self.exhausted = True
+                return False
             if request is not None:
                 self.waiting.append(Row(request, self._admitted))
                 self._admitted += 1

@@ -33,12 +33,14 @@ class Input:
     records: prompts and bad lines, in order; to be gone through once.
     fingerprint: what tells this input from another one: of a file its bytes, of a stream its first line.
     total: how many lines there are, where that is known.
+    is_stream: whether the next record may be long in coming: a pipe, a FIFO, a terminal.
     """
 
     name: str
     records: Iterator[Prompt | BadLine]
     fingerprint: str
     total: int | None
+    is_stream: bool = False
 
 
 def from_arguments(texts: Sequence[str], raw: bool) -> Input:
@@ -79,7 +81,7 @@ def open_input(path: str, raw: bool) -> Input:
     if as_json and first[1].lstrip().startswith(b"["):
         raise ValueError(f"{path}: expected a JSON object a line, got an array (jq -c '.[]' makes lines of it)")
     records = _records(chain([first], lines), as_json, raw)
-    return Input(path, records, fingerprint or _sha256(first[1]), total)
+    return Input(path, records, fingerprint or _sha256(first[1]), total, not regular)
 
 
 def check_not_the_same(input: str, output: str) -> None:

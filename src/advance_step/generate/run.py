@@ -17,6 +17,7 @@ from advance_step.generate.in_order import InOrder
 from advance_step.generate.inputs import Input
 from advance_step.generate.model import load_model
 from advance_step.generate.outputs import Output
+from advance_step.generate.read_ahead import read_ahead
 from advance_step.generate.records import BadLine, LineError, Prompt, digest_of_id
 from advance_step.generate.requests import RequestMaker, remarks, to_text
 from advance_step.generate.results import error_result, result
@@ -53,6 +54,9 @@ class Run:
         self.num_failed = len(out.failed_lines) if out else 0
         self.first_failed: BadLine | None = None
         self.pending: dict[int | str, Pending] = {}  # by the id of their requests, the line
+        self.records: Iterator[Prompt | BadLine | None] = source.records
+        if source.is_stream:
+            self.records = read_ahead(source.records, may_wait=lambda: not self.pending)
         self.order = InOrder(settings.ordered)
         # Of the first prompts, as many as are to be verified; with the request, where this run decodes it.
         self.to_verify: list[tuple[Prompt, Request | None]] = []
@@ -80,9 +84,12 @@ class Run:
             screen.say(screen.failures(self.num_failed, self.first_failed, self.out))
         return 0 if verified and not self.num_failed else 1
 
-    def _unfinished_records(self) -> Iterator[Prompt | BadLine]:
-        """The lines of the input that the output does not have."""
-        for record in self.source.records:
+    def _unfinished_records(self) -> Iterator[Prompt | BadLine | None]:
+        """The lines of the input that the output does not have; None where the next line is not there yet."""
+        for record in self.records:
+            if record is None:
+                yield None
+                continue
             if self.out and record.line in self.out.failed_lines:
                 continue
             if self.out and isinstance(record, Prompt) and digest_of_id(record.id) in self.out.done:
@@ -95,7 +102,7 @@ class Run:
         if len(self.to_verify) < self.settings.verify:
             self.to_verify.append((prompt, request))
 
-    def _decode(self, model: Any, tokenizer: Any, records: Iterator[Prompt | BadLine]) -> None:
+    def _decode(self, model: Any, tokenizer: Any, records: Iterator[Prompt | BadLine | None]) -> None:
         """Decode the records and hand out each result: a text as it grows if it is the only one and for the screen."""
         maker = RequestMaker(model, tokenizer, self.settings)
         decoder = make_decoder(model, tokenizer, self.settings, self.source.total)
@@ -124,7 +131,7 @@ class Run:
                 bar.update(task, total=self.total, completed=lines, description=line)
         screen.say(screen.summary(decoder.figures, self.finished - before))
 
-    def _decode_on_ray(self, records: Iterator[Prompt | BadLine]) -> None:
+    def _decode_on_ray(self, records: Iterator[Prompt | BadLine | None]) -> None:
         """Have the records decoded in blocks by Ray's workers, and write what comes back."""
         from advance_step.generate.on_ray import BlockResult, Cluster, blocks
 
@@ -138,7 +145,9 @@ class Run:
                 for entry in result.entries:
                     out.write(entry)
 
-            for number, result in cluster.decode(self._noted(blocks(records, cluster.lines_of_a_block(self.total)))):
+            for number, result in cluster.decode(
+                self._noted(blocks(filter(None, records), cluster.lines_of_a_block(self.total)))
+            ):
                 tokens += result.tokens
                 self.order.ready(number, partial(write, result))
                 self.finished += len(result.entries) - result.num_failed
@@ -161,9 +170,14 @@ class Run:
                     self._note_for_verify(record, None)
             yield block
 
-    def requests(self, records: Iterator[Prompt | BadLine], decoder: Decoder, maker: RequestMaker) -> Iterator[Request]:
+    def requests(
+        self, records: Iterator[Prompt | BadLine | None], decoder: Decoder, maker: RequestMaker
+    ) -> Iterator[Request | None]:
         """The requests of the prompts; a line that is none, or that the decoder refuses, fails."""
         for record in records:
+            if record is None:
+                yield None
+                continue
             self.order.expect(record.line)
             if isinstance(record, BadLine):
                 self._fail(record)
