@@ -64,7 +64,7 @@ def test_the_answer_to_a_chat():
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "one"},
+                "message": {"role": "assistant", "content": "one", "refusal": None},
                 "logprobs": {"content": content},
                 "finish_reason": "stop",
                 "stop_reason": "END",
@@ -72,7 +72,7 @@ def test_the_answer_to_a_chat():
             },
             {
                 "index": 1,
-                "message": {"role": "assistant", "content": "two"},
+                "message": {"role": "assistant", "content": "two", "refusal": None},
                 "logprobs": None,
                 "finish_reason": "length",
                 "stop_reason": None,

@@ -97,7 +97,7 @@ def error_response(bad: BadLine) -> dict[str, Any]:
 def _choice(prompt: Prompt, index: int, text: Text) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": index}
     if prompt.endpoint == "chat/completions":
-        choice["message"] = {"role": "assistant", "content": text.text}
+        choice["message"] = {"role": "assistant", "content": text.text, "refusal": None}
         choice["logprobs"] = _chat_logprobs(text) if text.logprobs is not None else None
     else:
         choice["text"] = text.text
