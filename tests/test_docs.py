@@ -152,3 +152,29 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert all(f'id="advance_step.ops.{name}"' in reference for name in OPERATORS)
     assert (tmp_path / "benchmarks/results/operator-cpu-2026-11-25.png").exists()
     assert (tmp_path / "one_step/page.js").exists()
+
+
+def example_states(page: Path) -> tuple[dict[str, object], dict[str, object]]:
+    """The tensors of a page's first example, before the call and after it; of a loop, its first four steps."""
+    before: dict[str, object] = {}
+    namespace: dict[str, object] = {}
+    block = next(BLOCK.finditer(page.read_text()))[2]
+    for statement in ast.parse(block).body:
+        calls = isinstance(statement, ast.Expr) and page.stem in ast.unparse(statement)
+        if calls or isinstance(statement, ast.While):
+            before = {name: value.tolist() for name, value in namespace.items() if isinstance(value, torch.Tensor)}
+            exec("steps()" if isinstance(statement, ast.While) else ast.unparse(statement), namespace)
+            break
+        exec(ast.unparse(statement), namespace)
+    return before, {name: value.tolist() for name, value in namespace.items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("page", OPERATOR_PAGES, ids=named)
+def test_the_table_of_an_example_is_what_it_does(page):
+    before, after = example_states(page)
+    rows = [row for row in cells(page) if len(row) == 3 and row[1].startswith("`[")]
+    assert len(rows) >= 3
+    for name, *values in rows:
+        assert [ast.literal_eval(value.strip("`")) for value in values] == [before[name], after[name]], name
+    written = {name for name in before if before[name] != after[name]}
+    assert written <= {name for name, *_ in rows}
