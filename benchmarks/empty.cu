@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "call.h"
+#include "slot_mapping.h"
 
 namespace {
 
@@ -39,7 +40,7 @@ void eagle(StableIValue* stack, uint64_t, uint64_t) {
   const Argument positions = call.tensor(0);
   for (int i : {1, 2, 5, 6}) call.tensor(i);
   if (call.given(7)) call.optional_integer(7);
-  launch<EagleStep<int64_t, int32_t, int32_t>>(positions, positions.size[0]);
+  launch<EagleStep<int64_t, int32_t, int32_t, int64_t>>(positions, positions.size[0]);
 }
 
 void until_stop(StableIValue* stack, uint64_t, uint64_t) {
@@ -51,7 +52,14 @@ void until_stop(StableIValue* stack, uint64_t, uint64_t) {
     for (int64_t g = 0; g < groups; ++g) call.tensor_in(list, g);
   }
   call.list(6);
-  launch<UntilStopStep>(tokens, tokens.size[0]);
+  launch<UntilStopStep<int64_t, 1>>(tokens, tokens.size[0]);
+}
+
+void slot_mapping(StableIValue* stack, uint64_t, uint64_t) {
+  Call call("", stack);
+  for (int i : {0, 1, 2}) call.tensor(i);
+  const Argument slots = call.tensor(3);
+  launch<SlotMappingStep<int64_t, int32_t, int64_t>>(slots, slots.size[0]);
 }
 
 }  // namespace
@@ -64,4 +72,5 @@ STABLE_TORCH_LIBRARY_IMPL(advance_step_floor, CUDA, m) {
   m.impl("advance_step_flashinfer", plain<10>);
   m.impl("eagle_step_update_slot_mapping_and_metadata", eagle);
   m.impl("advance_until_stop", until_stop);
+  m.impl("compute_slot_mapping", slot_mapping);
 }

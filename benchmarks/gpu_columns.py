@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "benchmarks"
 PLAIN, FLASHINFER = "advance_step_flashattn", "advance_step_flashinfer"
 EAGLE, UNTIL_STOP = "eagle_step_update_slot_mapping_and_metadata", "advance_until_stop"
+SLOTS = "compute_slot_mapping"
 Call = Callable[[], object]
 
 
@@ -47,6 +48,8 @@ class State:
             self.written += [self.status, self.output, self.generated]
             self.stops = torch.arange(8, device="cuda") + 2**40  # never sampled
             self.longest = ints(rows) + BLOCK_SIZE * WIDTH
+        if name == SLOTS:  # one token of each request
+            self.query_start_loc = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
 
     def reset(self) -> None:
         for tensor in self.written:
@@ -59,6 +62,8 @@ class State:
         if self.name == EAGLE:
             table = (self.positions, self.tables, self.lens, BLOCK_SIZE, BLOCK_SIZE * WIDTH)
             return (*table, self.positions, self.slots, self.rows)
+        if self.name == SLOTS:
+            return self.query_start_loc, self.positions, self.tables, self.slots, BLOCK_SIZE
         tensors = (self.tokens, self.sampled, self.positions, self.lens)
         if self.name == UNTIL_STOP:
             groups = ([self.slots], [self.tables], [BLOCK_SIZE])
@@ -74,6 +79,7 @@ class State:
             PLAIN: ((8 + 4) + (8 + 8 + 4 + 8), [4]),
             EAGLE: ((8 + 4) + (8 + 4 + 8), [4]),
             UNTIL_STOP: ((4 + 8 + 4 + 4 + 4) + (4 + 4 + 8 + 8 + 4 + 8), [4, 8]),
+            SLOTS: ((4 + 8) + 8, [4]),
             FLASHINFER: ((8 + 4 + 4 * pages) + (8 + 8 + 4 + 8 + 4 * 3 + 4 * pages), []),
         }[self.name]
         return packed + sum(alone), packed + 32 * len(alone)

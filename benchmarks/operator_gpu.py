@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_columns import EAGLE, FLASHINFER, PLAIN, UNTIL_STOP, Call, State, columns, copy, load_floor, load_vllm
+from gpu_columns import EAGLE, FLASHINFER, PLAIN, SLOTS, UNTIL_STOP, Call, State, columns, copy, load_floor, load_vllm
 from report import gpu_slug, verdict, write
 
 import advance_step
@@ -55,7 +55,8 @@ def main() -> None:
     device: dict[str, Table] = {}
     wrong: Wrong = set()
     notes: list[str] = []
-    for name, sizes in ((PLAIN, ROWS), (EAGLE, FAMILY_ROWS), (UNTIL_STOP, FAMILY_ROWS), (FLASHINFER, FAMILY_ROWS)):
+    for name in (PLAIN, EAGLE, UNTIL_STOP, FLASHINFER, SLOTS):
+        sizes = ROWS if name == PLAIN else FAMILY_ROWS
         host[name], device[name] = {}, {}
         for rows in [r for r in sizes if r <= most]:
             repeats = 5 if options.quick else 25 if rows < COPIED else 9

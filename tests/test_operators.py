@@ -79,6 +79,27 @@ def test_tokens_in_parallel(dtype):
     assert torch.equal(call["slot_mapping"], expected["slot_mapping"])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("block_size", [16, 12])
+@pytest.mark.parametrize("earlier", [[], [1], [2500], [5000]])
+def test_one_token_of_each_request(dtype, block_size, earlier):
+    """As in decoding, which the native core has a loop for; and one start short of that, which it must see."""
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.arange(5001, dtype=dtype)
+    starts[earlier] -= 1
+    call = {
+        "query_start_loc": starts,
+        "positions": torch.randint(0, 4 * block_size, (5000,), generator=generator),
+        "block_table": torch.randint(-5, 2**40, (5000, 4), generator=generator),
+        "slot_mapping": torch.zeros(9000, dtype=torch.int64),
+        "block_size": block_size,
+    }
+    expected = call | {"slot_mapping": torch.zeros(9000, dtype=torch.int64)}
+    reference.compute_slot_mapping_ref(**expected)
+    advance_step.compute_slot_mapping(**call)
+    assert torch.equal(call["slot_mapping"], expected["slot_mapping"])
+
+
 def test_bad_row_among_many_writes_nothing():
     rows = 50000
     call = plain(rows, rows)

