@@ -46,9 +46,17 @@ def test_a_target_that_hangs_fails_the_clause() -> None:
     assert [r.detail for r in results] == ["the process was killed: by the system, or after 3 s without an answer"]
 
 
-def test_a_target_that_exits_is_heard() -> None:
-    results = list(check_isolated("wrong:exiting_eagle", [("eagle", "no-rows"), ("eagle", "advances")], "cpu"))
-    assert [(r.outcome, r.detail) for r in results] == [("FAILS", "raised SystemExit: 0")] * 2
+@pytest.mark.parametrize(
+    ("target", "raised"),
+    [
+        ("wrong:exiting_eagle", "SystemExit: 0"),
+        ("wrong:interrupting_eagle", "KeyboardInterrupt"),
+        ("wrong:raising_eagle", "BaseException: odd"),
+    ],
+)
+def test_a_target_that_raises_what_is_no_error_is_heard(target: str, raised: str) -> None:
+    results = list(check_isolated(target, [("eagle", "no-rows"), ("eagle", "advances")], "cpu"))
+    assert [(r.outcome, r.detail) for r in results] == [("FAILS", f"raised {raised}")] * 2
 
 
 @pytest.mark.parametrize("target", ["wrong:meta_eagle", "wrong:threaded_eagle"])

@@ -285,6 +285,15 @@ def exiting_eagle(*args: Any) -> None:
     raise SystemExit(0)
 
 
+def interrupting_eagle(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def raising_eagle(*args: Any) -> None:
+    """Raises what is no Exception."""
+    raise BaseException("odd")
+
+
 def meta_eagle(*args: Any) -> None:
     """Right, and leaves torch's default device on meta."""
     torch.set_default_device(None)

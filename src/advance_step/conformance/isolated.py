@@ -115,7 +115,11 @@ def _hold_to(target: str | None, pending: list[tuple[str, str]], device: str, pi
             _require_forced_executor(device)
         print("loaded", file=out)
         for contract, name in pending:
-            result = check_clause(loaded[contract], contract, name, device)
+            try:
+                result = check_clause(loaded[contract], contract, name, device)
+            except KeyboardInterrupt:  # the target's: the user's does not reach this session of processes
+                sentence = clauses(contract)[name].sentence
+                result = Result(contract, name, sentence, FAILS, "raised KeyboardInterrupt")
             print(json.dumps(asdict(result)), file=out)
             if result.outcome == FAILS and device != "cpu":
                 return  # an accelerator does not recover from a wild access; the next process starts with a sound one

@@ -61,7 +61,9 @@ def judge(case: Case, target: Callable[..., object], device: str) -> Fault | Non
             **{name: passed[name] for name in contract.keyword if name in passed},
         )
         after = fetch(held)
-    except (Exception, SystemExit) as caught:  # a target is anybody's code: whatever it raises is a finding
+    except KeyboardInterrupt:  # the user's, where the target runs in this process
+        raise
+    except BaseException as caught:  # a target is anybody's code: whatever it raises is a finding
         error = caught
         try:
             after = fetch(held)
