@@ -530,3 +530,14 @@ def test_native_and_reference_refuse_in_the_same_words():
         for backend in ("native", "reference")
     ]
     assert json.loads(said[0]) == json.loads(said[1])
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_tensor_of_one_element_stands_for_an_int(call):
+    """torch's dispatcher takes its value before any executor is asked: documented in errors.md."""
+    arguments, expected = CALLS[call](), CALLS[call]()
+    name = "pad_slot" if call == "advance_until_stop" else "block_size"
+    value = torch.tensor(expected.setdefault(name, -1))
+    operator(call)(**arguments | {name: value})
+    operator(call)(**expected)
+    assert all(map(torch.equal, tensors(arguments), tensors(expected)))
