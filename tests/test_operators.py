@@ -100,6 +100,23 @@ def test_one_token_of_each_request(dtype, block_size, earlier):
     assert torch.equal(call["slot_mapping"], expected["slot_mapping"])
 
 
+@pytest.mark.parametrize("argument", ["positions", "slot_mapping"])
+def test_good_values_behind_a_short_tensor_are_not_taken(argument):
+    """What lies behind its end would do as a position, and as a slot: the size alone says that it is not there."""
+    call = {
+        "query_start_loc": torch.tensor([0, 3, 4]),
+        "positions": torch.tensor([3, 4, 5, 9]),
+        "block_table": torch.tensor([[6, 1, 0], [3, 2, 7]]),
+        "slot_mapping": torch.full((4,), 77),
+        "block_size": 4,
+    }
+    whole = call["slot_mapping"]
+    call[argument] = call[argument][:3]
+    with pytest.raises(ValueError, match=rf"expected query_start_loc\[R\] <= . with {argument} \[.\], .=3, got 4"):
+        advance_step.compute_slot_mapping(**call)
+    assert whole.tolist() == [77] * 4
+
+
 def test_bad_row_among_many_writes_nothing():
     rows = 50000
     call = plain(rows, rows)
