@@ -150,7 +150,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert run.returncode == 0, run.stderr
     reference = (tmp_path / "reference.html").read_text()
     assert all(f'id="advance_step.ops.{name}"' in reference for name in OPERATORS)
-    assert (tmp_path / "benchmarks/results/operator-cpu-2026-11-25.png").exists()
+    assert (tmp_path / "benchmarks/results/operator-cpu-2026-11-26.png").exists()
     assert (tmp_path / "one_step/page.js").exists()
 
 
