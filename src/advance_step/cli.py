@@ -263,7 +263,7 @@ def conformance(
         str | None, typer.Option(help="package.module:function to hold to --contract.", show_default="our executors")
     ] = None,
     contract: Annotated[
-        str | None, typer.Option(help="npu, vllm, flashinfer, eagle or until-stop.", show_default="all")
+        str | None, typer.Option(help="npu, vllm, flashinfer, eagle, until-stop or slot-mapping.", show_default="all")
     ] = None,
     device: Annotated[str, typer.Option(help="Where the tensors are.")] = "cpu",
     skip: Annotated[list[str] | None, typer.Option(help="A clause that the target lacks by design.")] = None,

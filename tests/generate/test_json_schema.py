@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jsonschema
 import pytest
@@ -138,6 +139,12 @@ def test_files_that_hold_no_schema(tmp_path):
 def test_without_an_end_of_a_text_there_is_no_end_of_the_json(tokenizer):
     with pytest.raises(ValueError, match="JSON schema: expected a model with an end-of-sequence token, got none"):
         JsonGrammars(tokenizer, 97, []).constraint(PERSON)
+
+
+def test_without_llguidance_one_line_says_how_to_get_it(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ValueError, match=r'llguidance is not installed: pip install "advance-step\[json\]"'):
+        JsonGrammars(tokenizer, 97, [EOS]).constraint(PERSON)
 
 
 def test_response_formats():

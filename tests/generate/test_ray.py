@@ -138,7 +138,7 @@ def fingerprint(path: Path) -> str:
     return open_input(str(path), False).fingerprint
 
 
-def test_what_does_not_go_with_it(tiny, tmp_path):
+def test_what_does_not_go_with_it(tiny, tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("a\n")
     source, output = str(tmp_path / "in.txt"), str(tmp_path / "out.jsonl")
     for options, arguments, message in [
@@ -154,6 +154,10 @@ def test_what_does_not_go_with_it(tiny, tmp_path):
         settings(tiny, ray_cores=2)
     with pytest.raises(ValueError, match="--ray-cores: expected at most the 2 of a machine, got 3"):
         job.generate([], source, output, False, settings(tiny, ray=True, ray_cores=3))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "ray", None)
+        with pytest.raises(ValueError, match=r'--ray: ray is not installed: pip install "advance-step\[ray\]"'):
+            job.generate([], source, output, False, on_ray(tiny))
     assert not Path(output).exists() and not ray.is_initialized()
 
 
