@@ -18,18 +18,21 @@ LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 
 def check_schema(schema: dict[str, Any] | bool) -> None:
     """ValueError for a JSON schema that is none or that llguidance does not serve, and where it is not installed."""
+    if problem := _matcher_class().validate_grammar(_grammar(json.dumps(schema))):
+        raise ValueError(_as_error(problem))
+
+
+def _matcher_class() -> Any:
+    """llguidance's LLMatcher; ValueError where it is not installed."""
     try:
         from llguidance import LLMatcher
     except ModuleNotFoundError as error:
         raise ValueError(INSTALL) from error
-    if problem := LLMatcher.validate_grammar(_grammar(schema)):
-        raise ValueError(_as_error(problem))
+    return LLMatcher
 
 
-def _grammar(schema: dict[str, Any] | bool) -> str:
-    from llguidance import LLMatcher
-
-    grammar: str = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=LAYOUT)
+def _grammar(schema: str) -> str:
+    grammar: str = _matcher_class().grammar_from_json_schema(schema, overrides=LAYOUT)
     return grammar
 
 
@@ -64,17 +67,14 @@ class JsonGrammars:
         key = json.dumps(schema)
         matcher = self._matchers.pop(key, None)
         if matcher is None:
-            matcher = self._compiled(schema)
+            matcher = self._compiled(key)
         self._matchers[key] = matcher
         if len(self._matchers) > MOST_SCHEMAS:
             del self._matchers[next(iter(self._matchers))]
         return JsonConstraint(matcher)
 
-    def _compiled(self, schema: dict[str, Any] | bool) -> Any:
-        check_schema(schema)
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._tokens, _grammar(schema), log_level=0)
+    def _compiled(self, schema: str) -> Any:
+        matcher = _matcher_class()(self._tokens, _grammar(schema), log_level=0)
         if matcher.is_error():
             raise ValueError(_as_error(matcher.get_error()))
         return matcher
