@@ -24,7 +24,7 @@ svg { --ink: #1d2433; --soft: #5b6475; --line: #9aa3b2; --cell: #ffffff; --pad: 
 text { font: 14px system-ui, "Noto Sans", "Noto Sans CJK SC", sans-serif; fill: var(--ink) }
 .soft { fill: var(--soft); font-size: 13px } .mid { text-anchor: middle } .bold { font-weight: 600 }
 .on { fill: #ffffff } rect { stroke: var(--line); fill: var(--cell) } .pad { fill: var(--pad) }
-.a { fill: #0072b2 } .b { fill: #b8500a } .c { fill: #00795a } .new { stroke: #e69f00; stroke-width: 3 }
+.a { fill: #0072b2 } .b { fill: #b8500a } .c { fill: #00795a }
 path { stroke: var(--soft); fill: none; stroke-width: 1.5 } .head { fill: var(--soft); stroke: none }
 """
 

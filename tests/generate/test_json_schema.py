@@ -160,7 +160,7 @@ def test_response_formats():
             taken(wrong)
 
 
-def test_a_job(tmp_path, monkeypatch, capsys):
+def test_a_job(tmp_path, capsys):
     """A schema for all lines, one for a line, none for another; what cannot be is that line's error."""
     directory = save_tiny(tmp_path / "model")
     config = transformers.GenerationConfig.from_pretrained(directory)
