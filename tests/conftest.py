@@ -6,6 +6,7 @@ without them.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ import torch
 if TYPE_CHECKING:
     from browser import Tab
     from playwright.sync_api import Browser
+
+
+def pytest_configure() -> None:
+    """Whoever runs the tests in a shell's background has Ctrl-C ignored, and so would they, and all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
