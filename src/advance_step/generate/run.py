@@ -20,7 +20,7 @@ from advance_step.generate.outputs import Output
 from advance_step.generate.read_ahead import read_ahead
 from advance_step.generate.records import BadLine, LineError, Prompt, digest_of_id
 from advance_step.generate.requests import RequestMaker, remarks, to_text
-from advance_step.generate.results import error_result, result
+from advance_step.generate.results import error_result, of_what, result
 from advance_step.generate.settings import DTYPES, Settings
 from advance_step.generate.verify import verify
 
@@ -54,9 +54,10 @@ class Run:
         self.num_failed = len(out.failed_lines) if out else 0
         self.first_failed: BadLine | None = None
         self.pending: dict[int | str, Pending] = {}  # by the id of their requests, the line
+        self.num_handed_out = 0  # lines, to Ray's workers
         self.records: Iterator[Prompt | BadLine | None] = source.records
         if source.is_stream:
-            self.records = read_ahead(source.records, may_wait=lambda: not self.pending)
+            self.records = read_ahead(source.records, may_wait=lambda: not self.pending and not self.num_handed_out)
         self.order = InOrder(settings.ordered)
         # Of the first prompts, as many as are to be verified; with the request, where this run decodes it.
         self.to_verify: list[tuple[Prompt, Request | None]] = []
@@ -106,10 +107,8 @@ class Run:
         """Decode the records and hand out each result: a text as it grows if it is the only one and for the screen."""
         maker = RequestMaker(model, tokenizer, self.settings)
         decoder = make_decoder(model, tokenizer, self.settings, self.source.total)
-        if decoder.captured:
-            screen.say(f"on {self.settings.device}: steps captured in CUDA graphs, attention by {decoder.attention}")
-        for remark in remarks(model, self.settings.sampling):
-            screen.say(remark)
+        for line in opening(model, decoder, self.settings):
+            screen.say(line)
         if self.report:
             self.report.begin(decoder)
         begun, before, lines_before = time.perf_counter(), self.finished, self.finished + self.num_failed
@@ -133,25 +132,24 @@ class Run:
 
     def _decode_on_ray(self, records: Iterator[Prompt | BadLine | None]) -> None:
         """Have the records decoded in blocks by Ray's workers, and write what comes back."""
-        from advance_step.generate.on_ray import BlockResult, Cluster, blocks
+        from advance_step.generate.on_ray import Blocks, Cluster
 
         assert self.out
-        out, before, begun, tokens = self.out, self.finished, time.perf_counter(), 0
+        before, begun, tokens = self.finished, time.perf_counter(), 0
         with Cluster(self.settings) as cluster, screen.progress_bar() as bar:
             screen.say(f"on Ray: {cluster.describe()}")
             task = bar.add_task("", total=self.total, completed=self.finished + self.num_failed)
-
-            def write(result: BlockResult) -> None:
-                for entry in result.entries:
-                    out.write(entry)
-
-            for number, result in cluster.decode(
-                self._noted(blocks(filter(None, records), cluster.lines_of_a_block(self.total)))
-            ):
+            blocks = Blocks(self._handed_out(records), cluster.lines_of_a_block(self.total))
+            for block, result in cluster.decode(blocks):
+                self.num_handed_out -= len(block)
+                for record, entry in zip(block, result.entries, strict=True):
+                    self.order.ready(record.line, partial(self.out.write, entry))
+                    _, failed_line = of_what(entry)
+                    if failed_line is None:
+                        self.finished += 1
+                    else:
+                        self.num_failed += 1
                 tokens += result.tokens
-                self.order.ready(number, partial(write, result))
-                self.finished += len(result.entries) - result.num_failed
-                self.num_failed += result.num_failed
                 self.first_failed = self.first_failed or result.first_failed
                 seconds = time.perf_counter() - begun
                 line = f"{tokens} tokens, {tokens / seconds:.0f} tokens/s"
@@ -161,14 +159,15 @@ class Run:
             f"{self.finished - before} prompts, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s"
         )
 
-    def _noted(self, blocks: Iterator[list[Prompt | BadLine]]) -> Iterator[list[Prompt | BadLine]]:
-        """The blocks, numbered from 0 in the order in which they are asked for."""
-        for number, block in enumerate(blocks):
-            self.order.expect(number)
-            for record in block:
-                if isinstance(record, Prompt):
-                    self._note_for_verify(record, None)
-            yield block
+    def _handed_out(self, records: Iterator[Prompt | BadLine | None]) -> Iterator[Prompt | BadLine | None]:
+        """The records, each noted as one that is to come back."""
+        for record in records:
+            if record is not None:
+                self.num_handed_out += 1
+                self.order.expect(record.line)
+            if isinstance(record, Prompt):
+                self._note_for_verify(record, None)
+            yield record
 
     def requests(
         self, records: Iterator[Prompt | BadLine | None], decoder: Decoder, maker: RequestMaker
@@ -216,6 +215,14 @@ class Run:
         self.first_failed = self.first_failed or bad
         write = partial(self.out.write, error_result(bad)) if self.out else partial(screen.say, str(bad))
         self.order.ready(bad.line, write)
+
+
+def opening(model: Any, decoder: Decoder, settings: Settings) -> list[str]:
+    """What a run says at its beginning. ValueError for a generation config with values that are out of range."""
+    lines = remarks(model, settings.sampling)
+    if decoder.captured:
+        lines = [f"on {settings.device}: steps captured in CUDA graphs, attention by {decoder.attention}", *lines]
+    return lines
 
 
 def _check(decoder: Decoder, request: Request) -> None:
