@@ -63,7 +63,7 @@ def generate(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the decode step, which takes a minute or two and makes it faster.",
+            help="Compile the decode step: half a minute the first time, seconds from then on, and faster steps.",
             rich_help_panel=MODEL,
         ),
     ] = False,

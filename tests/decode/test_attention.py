@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advance_step.decode import attention
+from advance_step.decode import attention, cpu_attention
 from advance_step.decode.attention import SDPA_MAX_KEYS, DecodeStep, Prefill, paged_attention
 from advance_step.decode.cache import LayerLayout, PagedKVCache
 
@@ -27,6 +27,7 @@ KINDS = [
     (None, None, False, 12, 8),
     (5, 2.0, True, 4, 8),
 ]
+needs_core = pytest.mark.skipif(not cpu_attention.serves(torch.device("cpu"), torch.float32), reason="no native core")
 kinds = pytest.mark.parametrize("window, softcap, sinks, key_dim, value_dim", KINDS)
 
 
@@ -73,10 +74,11 @@ def stored(cache: PagedKVCache, table: torch.Tensor) -> tuple[torch.Tensor, torc
     return keys[..., : cache.layouts[0].key_dim], values[..., : cache.layouts[0].value_dim]
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_core), False])
 @pytest.mark.parametrize("rows", [3, 40])  # SDPA on the CPU; batched matmuls
 @pytest.mark.parametrize("tokens", [None, 3])  # one token a row; several, as when drafts are verified
 @kinds
-def test_decode_step(rows, tokens, window, softcap, sinks, key_dim, value_dim):
+def test_decode_step(native, rows, tokens, window, softcap, sinks, key_dim, value_dim):
     torch.manual_seed(0)
     pages, count = 5, tokens or 1
     assert (rows * pages * BLOCK_SIZE > SDPA_MAX_KEYS) == (rows == 40)
@@ -88,7 +90,8 @@ def test_decode_step(rows, tokens, window, softcap, sinks, key_dim, value_dim):
     key, value = torch.randn(rows, KV_HEADS, count, key_dim), torch.randn(rows, KV_HEADS, count, value_dim)
     s_aux = torch.randn(HEADS) if sinks else None
     at = positions if tokens else positions[:, 0]
-    step = DecodeStep(cache, cache.write_index(slots), tables, at, positions[:, -1] + 1, None, cache.read_index(tables))
+    step = DecodeStep(cache, slots, tables, at, positions[:, -1] + 1, None, native)
+    assert step.native == native
     out, weights = paged_attention(
         LAYER, query, key, value, None, paged=step, scaling=SCALING, softcap=softcap, s_aux=s_aux
     )

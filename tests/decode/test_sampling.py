@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation import logits_process as hf
 
 from advance_step.decode.counter_random import derive_seed, row_key, uniform
-from advance_step.decode.filters import draw, penalise
+from advance_step.decode.filters import draw, likeliest, penalise
 from advance_step.decode.sampling import Mode, Sampler
 from advance_step.decode.sampling_params import SamplingParams
 
@@ -404,3 +404,15 @@ def test_penalise_leaves_neutral_rows_bit_for_bit():
     seen, counts = torch.ones(1, 6, dtype=torch.bool), torch.full((1, 6), 3, dtype=torch.int32)
     got = penalise(scores, seen, counts, one, zero, zero)
     assert torch.equal(got.view(torch.int32), scores.view(torch.int32))
+
+
+@pytest.mark.parametrize("vocabulary", [97, 128, 49152])  # whole; by parts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_is_the_first_of_equals(vocabulary, dtype):
+    scores = torch.randint(-3, 4, (5, vocabulary), generator=torch.Generator().manual_seed(0)).to(dtype)
+    scores[1] = -torch.inf
+    scores[2, 60:] = torch.nan
+    scores = torch.stack((scores, scores), 1)[:, 0]  # rows that lie apart, as those of drafts
+    expected = [next(i for i, x in enumerate(row) if x == max(row)) for row in scores[[0, 1, 3, 4]].tolist()]
+    got = likeliest(scores).tolist()
+    assert got[:2] + got[3:] == expected and got[2] == 60

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from advance_step.decode import cpu_attention
 from advance_step.decode.cache import PagedKVCache, visible_keys
 from advance_step.decode.layouts import AttendingBy
 from advance_step.decode.paged_kernels import PagedKernel
@@ -67,18 +68,28 @@ class DecodeStep:
     """The next tokens of every row, one or several, against all that the row has in its pages.
 
     With several, each at its own position: the step's own keys are among those in the pages, and a token sees those
-    at its position and before. `kernel` serves one token a row; with several, pages are gathered.
+    at its position and before. On a CPU the native core reads the pages; elsewhere `kernel`, where there is one, for
+    one token a row; else they are gathered.
     """
 
     cache: PagedKVCache
-    write_index: dict[int, Tensor]
-    block_tables: Tensor  # [rows, pages]
+    slot_mapping: Tensor  # [rows] or [rows, tokens]
+    block_tables: Tensor  # [rows, pages]; negative: a page that the row does not have
     input_positions: Tensor  # [rows] or [rows, tokens]
     seq_lens: Tensor  # [rows]
-    kernel: PagedKernel | None  # reads the pages itself; None: they are gathered
-    read_index: dict[int, Tensor] | None  # where they lie, then; the same in all layers
+    kernel: PagedKernel | None
+    native: bool = True  # where the core serves the cache; False: as if it did not
     calls: int = 0  # of attention, so far in this pass
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # layers share them
+
+    def __post_init__(self) -> None:
+        self.native = self.native and self.cache.is_native
+        if self.native:  # writes by slot, and knows what a negative page is
+            return
+        self.write_index = self.cache.write_index(self.slot_mapping.flatten())
+        if self.kernel is None:  # all pages are gathered, those that a row does not have too
+            self.block_tables = torch.where(self.block_tables < 0, self.cache.spare_page, self.block_tables)
+            self.read_index = self.cache.read_index(self.block_tables)  # the same in all layers
 
     def mask(self, length: int, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         """What each token may see of its row's `length` gathered keys, as an additive mask.
@@ -132,6 +143,8 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
 
+    if isinstance(paged, DecodeStep) and paged.native:
+        return _native(query, key, value, call, paged, scaling, softcap, s_aux), None
     paged.cache.write(call, paged.write_index, key, value)
     if isinstance(paged, Prefill):
         return _prefill(query, key, value, call, paged, scaling, softcap, s_aux), None
@@ -143,12 +156,37 @@ def paged_attention(
     return _gathered(query, call, paged, scaling, softcap, s_aux), None
 
 
+def _native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: int,
+    step: DecodeStep,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    rows, _, tokens, _ = query.shape
+    return cpu_attention.attend(
+        query,
+        key,
+        value,
+        step.cache.layers[call],
+        step.slot_mapping.reshape(rows, tokens).contiguous(),
+        step.block_tables,
+        step.input_positions.reshape(rows, tokens).contiguous(),
+        scaling,
+        step.cache.layouts[call].window or 0,
+        softcap or 0.0,
+        sinks,
+    )
+
+
 def _gathered(
     query: Tensor, call: int, step: DecodeStep, scaling: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
     """Attention of each row's tokens to all pages in its table's columns, copied one after the other."""
     rows, heads, tokens, _ = query.shape
-    assert step.read_index is not None
     keys, values = step.cache.read(call, step.read_index, rows)
     kv_heads, length = keys.shape[1:3]
     mask = step.mask(length, step.cache.layouts[call].window, heads // kv_heads, query.dtype)

@@ -7,16 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# index_select(0, index) as one operator, for the compiler. Where it sees the gather itself, it works an address out for
-# every element in whatever reads the pages: on the CPU that made compiled attention several times slower than eager.
-_LIBRARY = torch.library.Library("advance_step_decode", "DEF")
-_LIBRARY.define("gather_rows(Tensor source, Tensor index) -> Tensor")
-_LIBRARY.impl("gather_rows", lambda source, index: source.index_select(0, index), "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("advance_step_decode::gather_rows", lib=_LIBRARY)
-def _gather_rows_fake(source: Tensor, index: Tensor) -> Tensor:
-    return source.new_empty(index.shape[0], source.shape[1])
+from advance_step.decode import cpu_attention
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,11 @@ class PagedKVCache:
         """Tokens in a page."""
         return self.layers[0].shape[3]
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the native core attends over these pages in decode steps."""
+        return cpu_attention.serves(self.layers[0].device, self.layers[0].dtype)
+
     def write_index(self, slots: Tensor) -> dict[int, Tensor]:
         """Where the tokens of `slots` int64 [tokens] lie in a layer seen as rows of dim, by the layer's kv_heads.
 
@@ -128,9 +124,6 @@ class PagedKVCache:
         """
         layout = self.layouts[layer]
         source = self.layers[layer].view(-1, self.block_size * layout.dim)
-        if torch.compiler.is_compiling():
-            pages = torch.ops.advance_step_decode.gather_rows(source, index[layout.kv_heads])
-        else:
-            pages = source.index_select(0, index[layout.kv_heads])
+        pages = source.index_select(0, index[layout.kv_heads])
         keys, values = pages.view(2, rows, layout.kv_heads, -1, layout.dim).unbind(0)
         return keys[..., : layout.key_dim], values[..., : layout.value_dim]

@@ -133,17 +133,14 @@ class DraftBatch:
     def decode(self, pages: int, ahead: int) -> list[list[int]]:
         """One step, of whose tables `pages` columns are in use; returns each row's new tokens, one at least."""
         rows, width = self.num_rows, 1 + max(self.proposed)
-        tables = self.block_tables[:rows, :pages]
-        tables = torch.where(tables < 0, self.cache.spare_page, tables)
-        positions, slots = self.input_positions[:rows, :width], self.slot_mapping[:rows, :width]
+        positions = self.input_positions[:rows, :width]
         step = DecodeStep(
             self.cache,
-            self.cache.write_index(slots.flatten()),
-            tables,
+            self.slot_mapping[:rows, :width],
+            self.block_tables[:rows, :pages],
             positions,
             self.seq_lens[:rows, :width],
             None,
-            self.cache.read_index(tables),
         )
         logits = self.model(
             input_ids=self.input_tokens[:rows, :width], position_ids=positions, use_cache=False, paged=step

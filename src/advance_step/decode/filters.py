@@ -8,6 +8,22 @@ shape depends on data.
 import torch
 from torch import Tensor
 
+PARTS = 64  # of a vocabulary
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """The first of the largest scores of each row [rows, vocabulary]: int64 [rows].
+
+    On a CPU by parts of the vocabulary: the largest value of each is found three times as fast as its place.
+    (torch.argmax is the slowest in bfloat16.)
+    """
+    if scores.device.type != "cpu" or scores.shape[-1] % PARTS:
+        return scores.max(-1).indices
+    parts = scores.unflatten(-1, (PARTS, -1))
+    part = parts.amax(-1).max(-1).indices  # [rows]
+    within = parts[torch.arange(len(part)), part].max(-1).indices
+    return part * parts.shape[-1] + within
+
 
 def penalise(
     scores: Tensor,  # float32 [rows, vocabulary]

@@ -50,7 +50,8 @@ class Decoder:
     share_prefixes: compute full pages that prompts have in common once.
     draft_tokens: that many proposals for the next tokens, looked up in the row's own text, are verified in each step.
         The tokens are the same without; steps_per_sync must then be 1.
-    compile: compile the model's part of the step, once: when the first step runs, or when it is captured.
+    compile: compile the model's part of the step: now, on a CPU (torch keeps what its compiler makes on disk, for the
+        next time), or when it is captured.
     layouts: what `check_model(model)` returned; None: the model is checked now.
 
     Raises ValueError for a model that cannot be decoded so (`check_model`), and for settings that are out of range.
@@ -104,7 +105,8 @@ class Decoder:
         self.figures = Figures()
         self.scheduler: Scheduler | None = None
         kernel = paged_kernels.find(model, layouts, block_size)
-        self.attention = kernel.name if kernel else "torch over gathered pages"
+        native = "the native core" if self.cache.is_native else "torch over gathered pages"
+        self.attention = kernel.name if kernel else native
         # A check of values waits for the device, so that its step cannot be captured.
         self.captured = model.device.type == "cuda" and not CHECK_VALUES and not draft_tokens
         sampler = Sampler.allocate(
@@ -126,18 +128,19 @@ class Decoder:
                 figures=self.figures,
             )
         else:
-            self.batch = Batch(
-                model,
-                self.cache,
-                sampler,
-                batch_size=batch_size,
-                max_seq_len=max_seq_len,
-                steps_per_sync=steps_per_sync,
-                num_stop_tokens=max(8, len(self.collector.stop_token_ids)),
-                kernel=kernel,
-                capture=self.captured,
-                compile=compile,
-            )
+            with self.attending:  # as it is compiled
+                self.batch = Batch(
+                    model,
+                    self.cache,
+                    sampler,
+                    batch_size=batch_size,
+                    max_seq_len=max_seq_len,
+                    steps_per_sync=steps_per_sync,
+                    num_stop_tokens=max(8, len(self.collector.stop_token_ids)),
+                    kernel=kernel,
+                    capture=self.captured,
+                    compile=compile,
+                )
 
     @classmethod
     def for_requests(

@@ -169,10 +169,9 @@ def _over_pages(model: Any, layouts: list[LayerLayout], tokens: Tensor) -> list[
     for count in STEPS:
         row = torch.arange(rows, device=device)[:, None].expand(rows, count)
         position = torch.tensor(contexts, device=device)[:, None] + torch.arange(count, device=device)
-        write_index, read_index = cache.write_index(slots(row, position).flatten()), cache.read_index(tables)
         seq_lens = (position[:, -1] + 1).int()
         at = position[:, 0] if count == 1 else position
-        step = DecodeStep(cache, write_index, tables, at, seq_lens, None, read_index)
+        step = DecodeStep(cache, slots(row, position), tables, at, seq_lens, None)
         logits = model(input_ids=tokens[row, position], position_ids=position, use_cache=False, paged=step).logits
         passes.append((f"a step of {count} tokens", row.flatten(), position.flatten(), logits.flatten(0, 1)))
         contexts = [at + count for at in contexts]

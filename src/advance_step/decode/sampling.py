@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advance_step.decode.counter_random import row_key, uniform
-from advance_step.decode.filters import draw, keep_top_k, keep_top_p, penalise, weights_above
+from advance_step.decode.filters import draw, keep_top_k, keep_top_p, likeliest, penalise, weights_above
 from advance_step.decode.sampling_params import LogitsProcessor, SamplingParams
 
 # Fewer likeliest tokens are not looked for faster, and would be more modes.
@@ -184,9 +184,9 @@ class Sampler:
         if logits.shape != (expected := (self.keys[rows].shape[0], self.vocab_size)):
             raise ValueError(f"logits: expected [rows, vocab_size]={list(expected)}, got {list(logits.shape)}")
         if mode == Mode():
-            return logits.max(-1).indices  # the first of equals; torch.argmax is 4x slower in bfloat16 on the CPU
+            return likeliest(logits)
         scores = self.adjusted(logits, rows, mode)
-        tokens = scores.max(-1).indices
+        tokens = likeliest(scores)
         if mode.random:
             drawn = draw(self.weights(scores, rows, mode), uniform(self.keys[rows], self.num_sampled[rows]))
             tokens = torch.where(self.greedy[rows], tokens, drawn)

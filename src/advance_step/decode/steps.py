@@ -2,19 +2,25 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from advance_step import DecodeState, RowStatus, warmup
 from advance_step.decode.attention import DecodeStep
 from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.compiled import Argument, compile_whole
 from advance_step.decode.paged_kernels import PagedKernel
 from advance_step.decode.sampling import Sampler
 
-# The compiler takes sizes 0 and 1 for constants, so a table whose width shall vary never has one column.
+# torch.compile takes sizes 0 and 1 for constants, so a table whose width shall vary never has one column.
 MIN_PAGES = 2
+
+# What stands for any number of each while a CPU's step is compiled: different from each other.
+ROWS, COLUMNS, PAGES = 8, 53, 61
 
 
 class Step:
@@ -57,26 +63,26 @@ class Step:
             state.block_tables[0][:rows, :pages],
         ]
 
-    def logits(
-        self,
-        input_tokens: Tensor,
-        input_positions: Tensor,
-        slot_mapping: Tensor,
-        seq_lens: Tensor,
-        block_tables: Tensor,
-    ) -> Tensor:
+    def logits(self, *inputs: Tensor) -> Tensor:
         """What the model says after the current token of each row [rows, vocabulary]."""
-        cache = self.cache
-        read_index = None
-        if not self.kernel:  # which reads no page that a row does not have; all are gathered otherwise
-            block_tables = torch.where(block_tables < 0, cache.spare_page, block_tables)
-            read_index = cache.read_index(block_tables)
-        paged = DecodeStep(
-            cache, cache.write_index(slot_mapping), block_tables, input_positions, seq_lens, self.kernel, read_index
-        )
-        return self.model(
-            input_ids=input_tokens[:, None], position_ids=input_positions[:, None], use_cache=False, paged=paged
-        ).logits[:, 0]
+        return logits_of(self.model, self.cache, self.kernel, *inputs)
+
+
+def logits_of(
+    model: Callable[..., Any],
+    cache: PagedKVCache,
+    kernel: PagedKernel | None,
+    input_tokens: Tensor,
+    input_positions: Tensor,
+    slot_mapping: Tensor,
+    seq_lens: Tensor,
+    block_tables: Tensor,
+) -> Tensor:
+    """`Step.logits`, of a model and a cache that are given: the step's, or what a compiler traces in their place."""
+    paged = DecodeStep(cache, slot_mapping, block_tables, input_positions, seq_lens, kernel)
+    return model(
+        input_ids=input_tokens[:, None], position_ids=input_positions[:, None], use_cache=False, paged=paged
+    ).logits[:, 0]
 
 
 class Steps(Protocol):
@@ -98,24 +104,45 @@ class EagerSteps:
 
 
 class CompiledSteps:
-    """The model's part compiled, once, when the first step runs: on a CPU. Padding rows run too, so that one binary
-    serves every number of rows."""
+    """The model's part compiled, on a CPU, before the first step.
+
+    One binary serves every number of rows from two on: a row that is alone runs beside a padding row. Where the state
+    has a single row, it is compiled for one.
+    """
 
     def __init__(self, step: Step) -> None:
+        if not step.cache.is_native:
+            raise ValueError(
+                "compile: expected the native core's attention on a CPU, got none: advance_step.backend_info()"
+            )
         self.step = step
-        # Freezing packs the weights for the matmuls, once; it is most of what a compiled step gains on the CPU. Set
-        # around the call, where the compiler runs: torch.compile's options reach a part of it that is too late.
-        forward = torch._inductor.config.patch(freezing=True)(torch.compile(step.logits, fullgraph=True))
+        state, model, layers = step.state, step.model, step.cache.layers
+        weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.rows, self.columns = min(2, state.num_seqs), state.block_tables[0].shape[1]
 
-        def marked(*inputs: Tensor) -> Tensor:
-            torch._dynamo.mark_dynamic(inputs[-1], 1)  # the tables' width
-            return forward(*inputs)
+        def function(*tensors: Tensor) -> Tensor:
+            given = dict(zip(weights, tensors, strict=False))
+            cache = replace(step.cache, layers=list(tensors[len(weights) :][: len(layers)]))
+            return logits_of(
+                lambda **arguments: functional_call(model, given, (), arguments),
+                cache,
+                None,
+                *tensors[len(weights) + len(layers) :],
+            )
 
-        step.forward = marked
+        held = [Argument(weight, {}) for weight in weights.values()]
+        held += [Argument(layer, {0: PAGES}) for layer in layers]
+        rows = {0: ROWS} if state.num_seqs > 1 else {}
+        *inputs, tables = step.inputs(state.num_seqs, self.columns)
+        arguments = [*(Argument(tensor, rows) for tensor in inputs), Argument(tables, rows | {1: COLUMNS})]
+        try:
+            step.forward = compile_whole(function, held, arguments)
+        except Exception as error:  # of any kind: it is the model's own code that is traced
+            raise ValueError(f"compile: {type(model).__name__} cannot be compiled whole: {error}") from error
 
     def run(self, rows: int, pages: int, steps: int) -> None:
         for _ in range(steps):
-            self.step(self.step.state.num_seqs, max(pages, MIN_PAGES))
+            self.step(max(rows, self.rows), self.columns)
 
 
 class CapturedSteps:

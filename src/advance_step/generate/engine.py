@@ -8,6 +8,7 @@ import torch
 from advance_step.decode.cache import LayerLayout, PagedKVCache
 from advance_step.decode.loop import Decoder
 from advance_step.decode.model_check import check_model
+from advance_step.decode.packed_linear import pack_linears
 from advance_step.decode.paged_kernels import default_block_size
 from advance_step.generate.memory import free_memory, pages_for
 from advance_step.generate.model import context_length, stop_token_ids
@@ -20,17 +21,20 @@ STEPS_PER_SYNC = {"cuda": 8}
 def make_decoder(model: Any, tokenizer: Any, settings: Settings, most: int | None) -> Decoder:
     """A decoder for requests as long as the model's context, as far as there is memory.
 
+    On a CPU the model's linear layers are packed (`pack_linears`): it can then be decoded, and not saved.
+
     most: requests that there will be, at most.
     Raises ValueError for a model that cannot be decoded, a cache that does not fit, and --compile without a compiler.
     """
-    layouts, context = check_model(model), context_length(model)
     if settings.compile and model.device.type == "cpu":
         check_compiler()
+    layouts, context = check_model(model), context_length(model)
     block_size = settings.block_size or default_block_size(model)
     batch_size = min(settings.batch_size, most or settings.batch_size)
     free, page = free_memory(model.device), page_bytes(layouts, block_size, model.dtype)
     new = settings.sampling["max_new_tokens"]
     num_pages = pages_for(settings.num_pages, page, free, batch_size, context, new, block_size)
+    pack_linears(model)
     by_default = 1 if settings.draft_tokens else STEPS_PER_SYNC.get(model.device.type, 1)
     try:
         return Decoder(

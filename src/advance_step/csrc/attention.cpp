@@ -1,0 +1,161 @@
+// Attention of a decode step over pages, on a CPU: the operator advance_step_decode::paged_attention, which
+// decode/cpu_attention.py defines and documents.
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace advance_step {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Work, in multiplications, below which a second thread costs more than it saves.
+constexpr int64_t kWorthAThread = 1 << 18;
+
+void demand(bool holds, const char* words) {
+  if (!holds) throw std::invalid_argument(std::string("paged_attention: ") + words);
+}
+
+bool is_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
+  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
+  int64_t d = 0;
+  for (const int64_t size : sizes) {
+    if (tensor.size(d++) != size) return false;
+  }
+  return true;
+}
+
+template <class T>
+Heads<const T> heads_of(const Tensor& tensor) {
+  return {static_cast<const T*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// The loops for the build's own target and, on x86, for two kinds of processors that have more.
+template <int64_t Width, class Attention>
+void units(const Attention& attention, int64_t begin, int64_t end) {
+  attention.template units<Width, false>(begin, end);
+}
+#ifdef __x86_64__
+template <int64_t Width, class Attention>
+__attribute__((target("avx2,fma"))) void units_avx2(const Attention& attention, int64_t begin, int64_t end) {
+  attention.template units<Width, false>(begin, end);
+}
+template <int64_t Width, class Attention>
+__attribute__((target("avx512f"))) void units_avx512(const Attention& attention, int64_t begin, int64_t end) {
+  attention.template units<Width, true>(begin, end);
+}
+#endif
+
+template <class Attention>
+using Units = void (*)(const Attention&, int64_t, int64_t);
+
+// The loops that this processor runs fastest.
+template <int64_t Width, class Attention>
+Units<Attention> fastest() {
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f")) return units_avx512<Width, Attention>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return units_avx2<Width, Attention>;
+#endif
+  return units<Width, Attention>;
+}
+
+template <class Attention>
+Units<Attention> fastest(int64_t width) {
+  return width == 64 ? fastest<64, Attention>() : width == 128 ? fastest<128, Attention>() : fastest<0, Attention>();
+}
+
+template <class Attention>
+void run(const Attention& attention) {
+  if (const char* fault = attention.fault()) demand(false, fault);
+  attention.write();
+  int64_t keys = 0;
+  for (int64_t row = 0; row < attention.rows; ++row) {
+    int64_t first, last;
+    attention.keys_of(row, &first, &last);
+    keys += last - first + 1;
+  }
+  const int64_t count = attention.rows * attention.pages.kv_heads;
+  const int64_t work = keys * attention.heads * attention.tokens * (attention.key_dim + attention.value_dim);
+  const int64_t grain = work > kWorthAThread ? (count * kWorthAThread + work - 1) / work : count;
+  const auto loops = fastest<Attention>(attention.key_dim == attention.value_dim ? attention.key_dim : 0);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { loops(attention, begin, end); });
+}
+
+Tensor paged_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& pages,
+                       const Tensor& slot_mapping, const Tensor& block_tables, const Tensor& positions, double scaling,
+                       int64_t window, double softcap, std::optional<Tensor> sinks) {
+  const ScalarType dtype = pages.scalar_type();
+  for (const Tensor* tensor : {&query, &key, &value}) {
+    demand(
+        tensor->dim() == 4 && tensor->scalar_type() == dtype && tensor->stride(3) == 1,
+        "query, key, value: expected [rows, heads, tokens, dim] in the dtype of pages, the last dimension contiguous");
+  }
+  demand(pages.dim() == 5 && pages.size(1) == 2 && pages.is_contiguous(),
+         "pages: expected [pages, 2, kv_heads, block_size, dim], contiguous");
+  const int64_t rows = query.size(0), heads = query.size(1), tokens = query.size(2), key_dim = query.size(3);
+  const int64_t kv_heads = pages.size(2), value_dim = value.size(3), dim = pages.size(4);
+  demand(is_shape(key, {rows, kv_heads, tokens, key_dim}) && is_shape(value, {rows, kv_heads, tokens, value_dim}),
+         "key, value: expected [rows, kv_heads, tokens, dim], of the sizes of query and pages");
+  demand(pages.size(0) > 0 && pages.size(3) > 0 && kv_heads > 0 && heads % kv_heads == 0 && key_dim <= dim &&
+             value_dim <= dim,
+         "pages: expected a page, heads that divide the queries', and room for a key and a value");
+  for (const Tensor* tensor : {&slot_mapping, &positions}) {
+    demand(tensor->scalar_type() == ScalarType::Long && is_shape(*tensor, {rows, tokens}) && tensor->is_contiguous(),
+           "slot_mapping, positions: expected int64 [rows, tokens], contiguous");
+  }
+  const bool wide = block_tables.scalar_type() == ScalarType::Long;
+  demand(block_tables.dim() == 2 && block_tables.size(0) == rows && block_tables.size(1) > 0 &&
+             (wide || block_tables.scalar_type() == ScalarType::Int),
+         "block_tables: expected int32 or int64 [rows, columns], with a column");
+  demand(!sinks || (is_shape(*sinks, {heads}) && sinks->scalar_type() == dtype && sinks->is_contiguous()),
+         "sinks: expected [heads] in the dtype of pages");
+  demand(window >= 0 && softcap >= 0, "window, softcap: expected numbers >= 0");
+  Tensor out = torch::stable::new_empty(query, {rows, tokens, heads, value_dim});
+  const auto with = [&](auto element) {
+    using T = decltype(element);
+    run(PagedAttention<T>{rows,
+                          tokens,
+                          heads,
+                          key_dim,
+                          value_dim,
+                          heads_of<T>(query),
+                          heads_of<T>(key),
+                          heads_of<T>(value),
+                          {static_cast<T*>(pages.data_ptr()), pages.size(0), kv_heads, pages.size(3), dim},
+                          static_cast<const int64_t*>(slot_mapping.data_ptr()),
+                          static_cast<const int64_t*>(positions.data_ptr()),
+                          block_tables.data_ptr(),
+                          wide,
+                          block_tables.stride(0),
+                          block_tables.stride(1),
+                          block_tables.size(1),
+                          static_cast<float>(scaling),
+                          static_cast<float>(softcap),
+                          window,
+                          sinks ? static_cast<const T*>(sinks->data_ptr()) : nullptr,
+                          static_cast<T*>(out.data_ptr())});
+  };
+  if (dtype == ScalarType::Float) {
+    with(float{});
+  } else if (dtype == ScalarType::BFloat16) {
+    with(BFloat16{});
+  } else {
+    demand(dtype == ScalarType::Half, "pages: expected float32, bfloat16 or float16");
+    with(Float16{});
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace advance_step
+
+STABLE_TORCH_LIBRARY_IMPL(advance_step_decode, CPU, m) {
+  m.impl("paged_attention", TORCH_BOX(&advance_step::paged_attention));
+}

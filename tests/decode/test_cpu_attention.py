@@ -1,0 +1,218 @@
+"""The native core's attention over pages: every dtype and shape against float64, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attention import needs_core, written_out
+
+from advance_step.decode.cpu_attention import DTYPES
+
+pytestmark = needs_core
+
+SENTINEL = 7.0
+
+
+class Call:
+    """The arguments of one call: pages full of numbers between two that no table names."""
+
+    def __init__(
+        self,
+        rows=3,
+        tokens=1,
+        heads=6,
+        kv_heads=2,
+        key_dim=64,
+        value_dim=64,
+        block_size=16,
+        columns=4,
+        dtype=torch.float32,
+        tables=torch.int64,
+        window=0,
+        softcap=0.0,
+        sinks=False,
+        strided=False,
+    ) -> None:
+        torch.manual_seed(0)
+        self.rows, self.tokens, self.block_size, self.value_dim = rows, tokens, block_size, value_dim
+        self.pages = torch.randn(rows * columns + 2, 2, kv_heads, block_size, max(key_dim, value_dim)).to(dtype)
+        self.pages[[0, -1]] = SENTINEL
+        self.block_tables = 1 + torch.randperm(rows * columns).view(rows, columns).to(tables)
+        if strided:
+            self.block_tables = self.block_tables.T.contiguous().T
+        last = torch.randint(tokens - 1, columns * block_size, (rows, 1))
+        last[0] = columns * block_size - 1
+        self.positions = last - tokens + 1 + torch.arange(tokens)
+        page = self.block_tables.long().gather(1, self.positions // block_size)
+        self.slot_mapping = page * block_size + self.positions % block_size
+        # As transformers hands them over: [rows, tokens, heads, dim], transposed.
+        self.query = torch.randn(rows, tokens, heads, key_dim).to(dtype).transpose(1, 2)
+        self.key = torch.randn(rows, tokens, kv_heads, key_dim).to(dtype).transpose(1, 2)
+        self.value = torch.randn(rows, tokens, kv_heads, value_dim).to(dtype).transpose(1, 2)
+        self.scaling, self.window, self.softcap = 0.3, window, softcap
+        self.sinks = torch.randn(heads).to(dtype) if sinks else None
+
+    def __call__(self) -> torch.Tensor:
+        return torch.ops.advance_step_decode.paged_attention(*vars_of(self))
+
+    def expected(self) -> torch.Tensor:
+        """In float64, from the pages as they are after the call."""
+        out = torch.empty(self.rows, self.tokens, self.query.shape[1], self.value_dim, dtype=torch.float64)
+        for row in range(self.rows):
+            own = self.pages[self.block_tables[row].long()].permute(1, 0, 3, 2, 4).flatten(1, 2)
+            keys, values = own[0][..., : self.query.shape[3]], own[1][..., : self.value_dim]
+            for token in range(self.tokens):
+                position = int(self.positions[row, token])
+                out[row, token] = written_out(
+                    self.query[row, :, token], keys, values, position, self.scaling,
+                    self.window or None, self.softcap or None, self.sinks,
+                )  # fmt: skip
+        return out
+
+
+def vars_of(call: Call) -> tuple[object, ...]:
+    return (
+        call.query, call.key, call.value, call.pages, call.slot_mapping, call.block_tables, call.positions,
+        call.scaling, call.window, call.softcap, call.sinks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"rows": 1, "columns": 70},  # more than a thread's work, in one row
+        {"rows": 33, "columns": 9, "tokens": 5},
+        {"block_size": 1, "columns": 37},
+        {"block_size": 20, "key_dim": 80, "value_dim": 80},
+        {"key_dim": 5, "value_dim": 3, "block_size": 3},  # fewer than a vector's lanes
+        {"key_dim": 24, "value_dim": 16, "heads": 7, "kv_heads": 1},
+        {"key_dim": 16, "value_dim": 40, "heads": 4, "kv_heads": 4, "tokens": 2},
+        {"window": 1, "tokens": 2},
+        {"window": 21, "columns": 8},
+        {"window": 10_000},
+        {"softcap": 2.0, "window": 9, "sinks": True, "tokens": 3},
+        {"sinks": True, "tables": torch.int32},
+        {"tables": torch.int32, "strided": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+def test_it_is_attention(dtype, shape):
+    call = Call(dtype=dtype, **shape)
+    before = call.pages.clone()
+    out = call()
+    assert out.dtype == dtype and out.is_contiguous()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(out.double(), call.expected(), rtol=tolerance, atol=tolerance)
+    for row in range(call.rows):  # what it wrote, and nothing else
+        for token in range(call.tokens):
+            slot = int(call.slot_mapping[row, token])
+            place = before[slot // call.block_size, :, :, slot % call.block_size]
+            place.zero_()
+            place[0, :, : call.key.shape[3]] = call.key[row, :, token]
+            place[1, :, : call.value_dim] = call.value[row, :, token]
+    assert torch.equal(call.pages, before)
+
+
+def test_rows_without_a_slot_or_a_page():
+    """A padding row writes nothing; where a table has no page, the last page is read."""
+    call = Call()
+    call.slot_mapping[1] = -1
+    call.block_tables[2] = -1
+    call.slot_mapping[2] = -1
+    before = call.pages.clone()
+    out = call()
+    page, offset = divmod(int(call.slot_mapping[0, 0]), 16)
+    before[page, :, :, offset] = torch.stack((call.key[0, :, 0], call.value[0, :, 0]))
+    assert torch.equal(call.pages, before)
+    call.block_tables[2] = len(call.pages) - 1
+    torch.testing.assert_close(out.double(), call.expected(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[2], torch.full_like(out[2], SENTINEL))
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_position_past_the_table_sees_what_the_table_has(window):
+    call = Call(tokens=3, window=window)
+    call.positions[1], call.slot_mapping[1] = torch.tensor([62, 64, 900]), -1
+    out = call()
+    call.positions[1] = torch.tensor([62, 64, 64 + 3])
+    if window:  # of a window that lies behind the table, its last key
+        last = call.block_tables[1, -1]
+        torch.testing.assert_close(out[1, 2], call.pages[last, 1, :, -1].repeat_interleave(3, 0))
+        out[1, 2] = call.expected()[1, 2]
+    torch.testing.assert_close(out.double(), call.expected(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_result_does_not_depend_on_its_neighbours():
+    call = Call(rows=9, columns=12, dtype=torch.bfloat16)
+    whole = call()
+    for row in range(9):
+        alone = Call(rows=9, columns=12, dtype=torch.bfloat16)
+        for name in ("query", "key", "value", "slot_mapping", "block_tables", "positions"):
+            setattr(alone, name, getattr(alone, name)[row : row + 1])
+        assert torch.equal(alone()[0], whole[row])
+
+
+def test_special_numbers_are_kept():
+    """Infinities and NaNs of values come through, and the largest and smallest numbers of a half."""
+    for value in (6e-8, -3.1e-5, 65504.0, float("inf"), float("nan")):
+        call = Call(rows=1, columns=1, key_dim=4, value_dim=4, dtype=torch.float16)
+        call.positions[:], call.slot_mapping[:] = 0, call.block_tables[:, :1] * 16
+        call.value = torch.full_like(call.value, value)
+        torch.testing.assert_close(call(), torch.full((1, 1, 6, 4), value, dtype=torch.float16), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("slot_mapping", 14 * 16, "slot_mapping: expected slots of the pages, got a larger one"),
+        ("positions", -1, "positions: expected positions >= 0, got a negative one"),
+        ("block_tables", 14, "block_tables: expected pages that there are, got a larger one"),
+    ],
+)
+def test_nothing_is_read_or_written_outside(name, value, message):
+    call = Call()
+    getattr(call, name)[2, 0] = value
+    before = call.pages.clone()
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert torch.equal(call.pages, before)
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("query", lambda t: t.double(), "query, key, value: expected"),
+        ("query", lambda t: t[0], "query, key, value: expected"),
+        ("key", lambda t: t.transpose(2, 3), "query, key, value: expected"),
+        ("key", lambda t: t[:, :1], "key, value: expected"),
+        ("value", lambda t: t[:2], "key, value: expected"),
+        ("pages", lambda t: t.transpose(2, 3), "pages: expected .* contiguous"),
+        ("pages", lambda t: t[..., :63].contiguous(), "pages: expected a page, heads that divide"),
+        ("pages", lambda t: t[:0], "pages: expected a page, heads that divide"),
+        ("slot_mapping", lambda t: t.int(), "slot_mapping, positions: expected int64"),
+        ("positions", lambda t: t[:, :0], "slot_mapping, positions: expected int64"),
+        ("block_tables", lambda t: t[:2], "block_tables: expected int32 or int64"),
+        ("block_tables", lambda t: t[:, :0], "block_tables: expected int32 or int64"),
+        ("block_tables", lambda t: t.short(), "block_tables: expected int32 or int64"),
+        ("sinks", lambda t: torch.zeros(5), r"sinks: expected \[heads\]"),
+        ("window", lambda n: -1, "window, softcap: expected numbers >= 0"),
+    ],
+)
+def test_bad_arguments_are_refused(name, change, message):
+    call = Call()
+    before = call.pages.clone()
+    setattr(call, name, change(getattr(call, name)))
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert name == "pages" or torch.equal(call.pages, before)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="pages: expected float32, bfloat16 or float16"):
+        Call(dtype=torch.float64)()
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.advance_step_decode.paged_attention.default, vars_of(Call(tokens=2, sinks=True)))
