@@ -163,6 +163,15 @@ def test_special_numbers_are_kept():
         torch.testing.assert_close(call(), torch.full((1, 1, 6, 4), value, dtype=torch.float16), equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [{}, {"columns": 1, "block_size": 3}], ids=str)
+def test_a_key_that_is_no_number_shows(shape):
+    """In the heads that see it, and in no other row."""
+    call = Call(dtype=torch.float16, **shape)
+    call.key[1, 1, 0, 3] = torch.nan
+    out = call()
+    assert out[1, :, 3:].isnan().all() and not out[1, :, :3].isnan().any() and not out[[0, 2]].isnan().any()
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [

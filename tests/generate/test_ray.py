@@ -356,7 +356,8 @@ def test_sigterm_on_a_cluster_that_was_joined(machines, tiny, source, tmp_path):
         started.still.resume()
         said = started.command.communicate(timeout=120)[1]
         assert started.command.returncode == 143, said
-        assert len(started.workers) == 2 and not psutil.wait_procs(started.workers, timeout=120)[1]
+        assert started.workers and not psutil.wait_procs(started.workers, timeout=120)[1]
+        wait_for(lambda: not workers(psutil.Process()))  # nor one that was only starting
     assert f"interrupted: {finished(output)} of 40 prompts are finished and kept in {output}" in said
     assert finished(output) >= 3
 

@@ -140,7 +140,7 @@ ADVANCE_STEP_INLINE float largest(Floats values) {
 
 // e^x for x <= 0, and 0 below -87, to a relative error of about 2^-22.
 ADVANCE_STEP_INLINE Floats exponential(Floats x) {
-  const Ints large_enough = x > -87.0f;
+  const Ints large_enough = ~(x < -87.0f);  // a NaN stays one
   x = bits_as<Floats>(bits_as<Ints>(x) & large_enough);
   const Floats magic = Floats{} + 12582912.0f;  // 1.5 * 2^23: added, the sum's last bits are the rounded integer
   const Floats shifted = x * 1.44269504f + magic, power = shifted - magic;
