@@ -63,7 +63,7 @@ def generate(
         bool,
         typer.Option(
             "--compile",
-            help="Compile the decode step: half a minute the first time, seconds from then on, and faster steps.",
+            help="Compile the decode step: about a minute the first time, seconds from then on.",
             rich_help_panel=MODEL,
         ),
     ] = False,
