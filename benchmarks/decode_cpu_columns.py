@@ -44,7 +44,6 @@ class Ours:
         self.model = load_weights(Path(directory), dtype=torch.bfloat16)
         pack_linears(self.model)
         self.compile = compile
-        self.begun = time.perf_counter()
 
     def run(self, prompts: Prompts, new_tokens: int, profile: bool = False) -> Answer:
         from advance_step.decode import Decoder, Request, SamplingParams

@@ -78,7 +78,7 @@ def stored(cache: PagedKVCache, table: torch.Tensor) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("rows", [3, 40])  # SDPA on the CPU; batched matmuls
 @pytest.mark.parametrize("tokens", [None, 3])  # one token a row; several, as when drafts are verified
 @kinds
-def test_decode_step(native, rows, tokens, window, softcap, sinks, key_dim, value_dim):
+def test_decode_step(monkeypatch, native, rows, tokens, window, softcap, sinks, key_dim, value_dim):
     torch.manual_seed(0)
     pages, count = 5, tokens or 1
     assert (rows * pages * BLOCK_SIZE > SDPA_MAX_KEYS) == (rows == 40)
@@ -90,7 +90,9 @@ def test_decode_step(native, rows, tokens, window, softcap, sinks, key_dim, valu
     key, value = torch.randn(rows, KV_HEADS, count, key_dim), torch.randn(rows, KV_HEADS, count, value_dim)
     s_aux = torch.randn(HEADS) if sinks else None
     at = positions if tokens else positions[:, 0]
-    step = DecodeStep(cache, slots, tables, at, positions[:, -1] + 1, None, native)
+    if not native:
+        monkeypatch.setattr(cpu_attention, "serves", lambda device, dtype: False)
+    step = DecodeStep(cache, slots, tables, at, positions[:, -1] + 1, None)
     assert step.native == native
     out, weights = paged_attention(
         LAYER, query, key, value, None, paged=step, scaling=SCALING, softcap=softcap, s_aux=s_aux

@@ -192,8 +192,9 @@ struct PagedAttention {
       for (int64_t j = 0; j < count; j += kLanes) {
         const int64_t some = count - j < kLanes ? count - j : kLanes;
         gather(row, head, 0, first + j, some, key_dim, key_width, block);
-        for (int64_t i = 0; i < queries; ++i)
-          dots<Width, Shuffles>(q + i * key_width, block, key_width, scores + i * reach + j);
+        for (int64_t i = 0; i < queries; ++i) {
+          dots<Shuffles>(q + i * key_width, block, key_width, scores + i * reach + j);
+        }
       }
       for (int64_t i = 0; i < queries; ++i) {
         int64_t begin_seen, end_seen;
@@ -216,16 +217,12 @@ struct PagedAttention {
   }
 
   // Scores of one query against the keys of a vector of scores; lanes of keys that are not there mean nothing.
-  template <int64_t Width, bool Shuffles>
+  template <bool Shuffles>
   ADVANCE_STEP_INLINE void dots(const float* q, const float* keys, int64_t width, float* to) const {
     Floats products[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) {
       products[j] = Floats{};
-      if constexpr (Width) {
-        for (int64_t d = 0; d < Width; d += kLanes) products[j] += load(q + d) * load(keys + j * Width + d);
-      } else {
-        for (int64_t d = 0; d < width; d += kLanes) products[j] += load(q + d) * load(keys + j * width + d);
-      }
+      for (int64_t d = 0; d < width; d += kLanes) products[j] += load(q + d) * load(keys + j * width + d);
     }
     if constexpr (Shuffles) {
       store(to, sums(products) * scaling);

@@ -78,13 +78,16 @@ class DecodeStep:
     input_positions: Tensor  # [rows] or [rows, tokens]
     seq_lens: Tensor  # [rows]
     kernel: PagedKernel | None
-    native: bool = True  # where the core serves the cache; False: as if it did not
+    native: bool = field(init=False)  # whether the core serves the cache
     calls: int = 0  # of attention, so far in this pass
     masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)  # layers share them
 
     def __post_init__(self) -> None:
-        self.native = self.native and self.cache.is_native
-        if self.native:  # writes by slot, and knows what a negative page is
+        self.native = self.cache.is_native
+        if self.native:  # writes by slot, and knows what a negative page is; it takes [rows, tokens]
+            rows = self.block_tables.shape[0]
+            self.slot_mapping = self.slot_mapping.reshape(rows, -1).contiguous()
+            self.input_positions = self.input_positions.reshape(rows, -1).contiguous()
             return
         self.write_index = self.cache.write_index(self.slot_mapping.flatten())
         if self.kernel is None:  # all pages are gathered, those that a row does not have too
@@ -166,15 +169,14 @@ def _native(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    rows, _, tokens, _ = query.shape
     return cpu_attention.attend(
         query,
         key,
         value,
         step.cache.layers[call],
-        step.slot_mapping.reshape(rows, tokens).contiguous(),
+        step.slot_mapping,
         step.block_tables,
-        step.input_positions.reshape(rows, tokens).contiguous(),
+        step.input_positions,
         scaling,
         step.cache.layouts[call].window or 0,
         softcap or 0.0,
