@@ -11,7 +11,7 @@ BUILD := --no-build-isolation --no-deps
 ASCEND := .venv-ascend
 CSRC := $(wildcard src/advance_step/csrc/*)
 PACKAGE := $(VENV)/package-$(ADVANCE_STEP_BUILD)
-SANITIZE_TESTS ?= tests/test_operators.py tests/test_errors.py tests/conformance/test_properties.py tests/decode/test_cpu_attention.py
+SANITIZE_TESTS ?= tests/test_operators.py tests/test_errors.py tests/conformance/test_properties.py tests/decode/test_cpu_attention.py tests/decode/test_packed_linear.py
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile

@@ -169,8 +169,8 @@ def profiled(steps: Iterator[Any]) -> dict[str, float]:
 
 def what(operator: str, shapes: list[list[int]]) -> str:
     """What an operator is part of."""
-    if operator in ("mkldnn::_linear_pointwise", "aten::mkldnn_linear", "aten::addmm", "aten::mm"):
-        return f"matmul {shapes[0][-1]} -> {shapes[1][0]}" if len(shapes) > 1 and shapes[1] else "matmul"
+    if operator == "advance_step_decode::packed_linear":
+        return f"linear {shapes[0][-1]} -> {shapes[1][0] * shapes[1][2]}"
     if operator == "advance_step_decode::paged_attention":
         return "attention"
     if operator.startswith("advance_step::"):

@@ -86,6 +86,11 @@ def vars_of(call: Call) -> tuple[object, ...]:
         {"block_size": 1, "columns": 37},
         {"block_size": 20, "key_dim": 80, "value_dim": 80},
         {"key_dim": 5, "value_dim": 3, "block_size": 3},  # fewer than a vector's lanes
+        {"key_dim": 96, "value_dim": 96, "columns": 7},
+        {"key_dim": 32, "value_dim": 160, "block_size": 48},
+        {"heads": 8, "kv_heads": 1, "rows": 9},  # as many queries as the loops by tiles take
+        {"heads": 9, "kv_heads": 1, "rows": 9},
+        {"heads": 2, "kv_heads": 2, "tokens": 8, "window": 19, "block_size": 32},
         {"key_dim": 24, "value_dim": 16, "heads": 7, "kv_heads": 1},
         {"key_dim": 16, "value_dim": 40, "heads": 4, "kv_heads": 4, "tokens": 2},
         {"window": 1, "tokens": 2},
@@ -154,19 +159,37 @@ def test_a_result_does_not_depend_on_its_neighbours():
         assert torch.equal(alone()[0], whole[row])
 
 
-def test_special_numbers_are_kept():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [4, 64])
+def test_special_numbers_are_kept(dtype, dim):
     """Infinities and NaNs of values come through, and the largest and smallest numbers of a half."""
-    for value in (6e-8, -3.1e-5, 65504.0, float("inf"), float("nan")):
-        call = Call(rows=1, columns=1, key_dim=4, value_dim=4, dtype=torch.float16)
+    for value in (6e-8, -3.1e-5, 65504.0, float("inf"), float("-inf"), float("nan")):
+        call = Call(rows=1, columns=1, key_dim=dim, value_dim=dim, dtype=dtype)
         call.positions[:], call.slot_mapping[:] = 0, call.block_tables[:, :1] * 16
         call.value = torch.full_like(call.value, value)
-        torch.testing.assert_close(call(), torch.full((1, 1, 6, 4), value, dtype=torch.float16), equal_nan=True)
+        torch.testing.assert_close(call(), torch.full((1, 1, 6, dim), value, dtype=dtype), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("window", [0, 1, 21])
+def test_what_no_token_sees_does_not_matter(dtype, window):
+    """Not even NaNs, as in memory that another row has left, before the window and after the position."""
+    call = Call(dtype=dtype, columns=5, window=window)
+    expected = call()
+    for row in range(call.rows):
+        own = call.pages[call.block_tables[row]]
+        for token in range(5 * 16):
+            if not 0 <= call.positions[row, 0] - token < (window or 10_000):
+                own[token // 16, :, :, token % 16] = torch.nan
+        call.pages[call.block_tables[row]] = own
+    assert torch.equal(call(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [{}, {"columns": 1, "block_size": 3}], ids=str)
-def test_a_key_that_is_no_number_shows(shape):
+def test_a_key_that_is_no_number_shows(dtype, shape):
     """In the heads that see it, and in no other row."""
-    call = Call(dtype=torch.float16, **shape)
+    call = Call(dtype=dtype, **shape)
     call.key[1, 1, 0, 3] = torch.nan
     out = call()
     assert out[1, :, 3:].isnan().all() and not out[1, :, :3].isnan().any() and not out[[0, 2]].isnan().any()

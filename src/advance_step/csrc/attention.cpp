@@ -1,6 +1,7 @@
 // Attention of a decode step over pages, on a CPU: the operator advance_step_decode::paged_attention, which
 // decode/cpu_attention.py defines and documents.
-#include "attention.h"
+#include "attention_tiles.h"
+#include "attention_vectors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -37,42 +38,53 @@ Heads<const T> heads_of(const Tensor& tensor) {
   return {static_cast<const T*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// The loops for the build's own target and, on x86, for two kinds of processors that have more.
-template <int64_t Width, class Attention>
-void units(const Attention& attention, int64_t begin, int64_t end) {
-  attention.template units<Width, false>(begin, end);
+template <class T>
+using Units = void (*)(const PagedAttention<T>&, int64_t, int64_t);
+
+// The loops for the build's own target and, on x86, for kinds of processors that have more.
+template <class T, int64_t Width>
+void units(const PagedAttention<T>& attention, int64_t begin, int64_t end) {
+  attention.template units<VectorLoops<T, Width, false>>(begin, end);
 }
 #ifdef __x86_64__
-template <int64_t Width, class Attention>
-__attribute__((target("avx2,fma"))) void units_avx2(const Attention& attention, int64_t begin, int64_t end) {
-  attention.template units<Width, false>(begin, end);
+template <class T, int64_t Width>
+__attribute__((target("avx2,fma"))) void units_avx2(const PagedAttention<T>& attention, int64_t begin, int64_t end) {
+  attention.template units<VectorLoops<T, Width, false>>(begin, end);
 }
-template <int64_t Width, class Attention>
-__attribute__((target("avx512f"))) void units_avx512(const Attention& attention, int64_t begin, int64_t end) {
-  attention.template units<Width, true>(begin, end);
+template <class T, int64_t Width>
+__attribute__((target("avx512f"))) void units_avx512(const PagedAttention<T>& attention, int64_t begin, int64_t end) {
+  attention.template units<VectorLoops<T, Width, true>>(begin, end);
 }
 #endif
-
-template <class Attention>
-using Units = void (*)(const Attention&, int64_t, int64_t);
+#ifdef ADVANCE_STEP_AMX
+ADVANCE_STEP_TILES void units_tiles(const PagedAttention<BFloat16>& attention, int64_t begin, int64_t end) {
+  attention.units<TileLoops>(begin, end);
+}
+#endif
 
 // The loops that this processor runs fastest.
-template <int64_t Width, class Attention>
-Units<Attention> fastest() {
+template <class T, int64_t Width>
+Units<T> fastest() {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f")) return units_avx512<Width, Attention>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return units_avx2<Width, Attention>;
+  if (__builtin_cpu_supports("avx512f")) return units_avx512<T, Width>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return units_avx2<T, Width>;
 #endif
-  return units<Width, Attention>;
+  return units<T, Width>;
 }
 
-template <class Attention>
-Units<Attention> fastest(int64_t width) {
-  return width == 64 ? fastest<64, Attention>() : width == 128 ? fastest<128, Attention>() : fastest<0, Attention>();
+template <class T>
+Units<T> fastest(const PagedAttention<T>& attention) {
+#ifdef ADVANCE_STEP_AMX
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (TileLoops::serve(attention)) return units_tiles;
+  }
+#endif
+  const int64_t width = attention.key_dim == attention.value_dim ? attention.key_dim : 0;
+  return width == 64 ? fastest<T, 64>() : width == 128 ? fastest<T, 128>() : fastest<T, 0>();
 }
 
-template <class Attention>
-void run(const Attention& attention) {
+template <class T>
+void run(const PagedAttention<T>& attention) {
   if (const char* fault = attention.fault()) demand(false, fault);
   attention.write();
   int64_t keys = 0;
@@ -84,7 +96,7 @@ void run(const Attention& attention) {
   const int64_t count = attention.rows * attention.pages.kv_heads;
   const int64_t work = keys * attention.heads * attention.tokens * (attention.key_dim + attention.value_dim);
   const int64_t grain = work > kWorthAThread ? (count * kWorthAThread + work - 1) / work : count;
-  const auto loops = fastest<Attention>(attention.key_dim == attention.value_dim ? attention.key_dim : 0);
+  const auto loops = fastest(attention);
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { loops(attention, begin, end); });
 }
 

@@ -1,7 +1,8 @@
 // Attention of a decode step over pages, on a CPU: the computation, free of torch.
 //
 // A unit of work is one row and one head of keys: the queries that share them, of all the row's tokens, go over the
-// row's pages together, so that each key and each value is read and widened once. All arithmetic is in float32.
+// row's pages together, so that each key and each value is read once. The loops over keys and values are those of the
+// processor: attention_vectors.h, attention_tiles.h. Sums are in float32.
 #pragma once
 
 #include <limits>
@@ -11,7 +12,9 @@
 
 namespace advance_step {
 
-constexpr int64_t kAhead = 4 * kLanes;  // tokens between what is read and what is fetched
+inline int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
+constexpr int64_t kAhead = 4 * kLanes;  // tokens between what is read and what is prefetched
 
 // A strided view [rows, heads, tokens, dim] whose last dimension is contiguous.
 template <class T>
@@ -31,6 +34,12 @@ struct Pages {
   }
 };
 
+// The keys that a unit goes over: `count` of a row from `start` on, the first `hidden` of which none of its tokens
+// sees.
+struct Keys {
+  int64_t row, head, start, count, hidden;
+};
+
 template <class T>
 struct PagedAttention {
   int64_t rows, tokens, heads, key_dim, value_dim;
@@ -46,6 +55,10 @@ struct PagedAttention {
   T* out;                  // [rows, tokens, heads, value_dim], contiguous
 
   int64_t group() const { return heads / pages.kv_heads; }
+  int64_t queries() const { return group() * tokens; }  // of a unit: head by head, a head's by token
+  const T* query_of(const Keys& keys, int64_t i) const {
+    return query.at(keys.row, keys.head * group() + i / tokens, i % tokens);
+  }
 
   // The keys that a token at `position` sees, of those that its row's table has room for.
   ADVANCE_STEP_INLINE void seen(int64_t position, int64_t* first, int64_t* last) const {
@@ -111,123 +124,51 @@ struct PagedAttention {
     std::memset(static_cast<void*>(to + size), 0, (pages.dim - size) * sizeof(T));
   }
 
-  // `size` elements, widened, and zeros up to a whole number of blocks.
-  static ADVANCE_STEP_INLINE void widen_all(const T* from, int64_t size, float* to) {
-    int64_t i = 0;
-    for (; i + kBlock <= size; i += kBlock) widen(from + i, to + i);
-    if (i < size) {
-      T rest[kBlock] = {};
-      std::memcpy(rest, from + i, (size - i) * sizeof(T));
-      widen(rest, to + i);
-    }
+  // The keys or values (`which`) of a row's tokens from one on, as far as they are in its page.
+  const T* at(const Keys& keys, int64_t which, int64_t token) const {
+    return pages.at(page(keys.row, token / pages.block_size), which, keys.head, token % pages.block_size);
   }
 
-  static ADVANCE_STEP_INLINE void narrow_all(const float* from, int64_t size, T* to) {
-    int64_t i = 0;
-    for (; i + kBlock <= size; i += kBlock) narrow(from + i, to + i);
-    if (i < size) {
-      T rest[kBlock];
-      narrow(from + i, rest);
-      std::memcpy(to + i, rest, (size - i) * sizeof(T));
-    }
-  }
-
-  static int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
-
-  // Has the memory fetch keys or values of as many tokens as gather takes, from `first` on, of one page. The pages of a
-  // row lie anywhere, so that no processor foresees the next.
-  ADVANCE_STEP_INLINE void prefetch(int64_t row, int64_t head, int64_t which, int64_t first) const {
-    const int64_t column = first / pages.block_size, offset = first % pages.block_size;
-    if (column >= columns) return;
-    const auto from = reinterpret_cast<const char*>(pages.at(page(row, column), which, head, offset));
+  // Has the memory fetch keys or values of kLanes tokens, or as many as are in the page. The pages of a row lie
+  // anywhere, so that no processor foresees the next.
+  ADVANCE_STEP_INLINE void prefetch(const Keys& keys, int64_t which, int64_t token) const {
+    const int64_t offset = token % pages.block_size;
+    if (token >= columns * pages.block_size) return;
+    const auto from = reinterpret_cast<const char*>(at(keys, which, token));
     const int64_t left = pages.block_size - offset, tokens_there = left < kLanes ? left : kLanes;
     const auto bytes = static_cast<int64_t>(sizeof(T)) * pages.dim * tokens_there;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
 
-  // Keys or values (`which`) of `count` tokens from `first` on, widened, each `width` floats.
-  ADVANCE_STEP_INLINE void gather(int64_t row, int64_t head, int64_t which, int64_t first, int64_t count, int64_t size,
-                                  int64_t width, float* to) const {
-    prefetch(row, head, which, first + kAhead);
-    int64_t column = first / pages.block_size, offset = first % pages.block_size;
-    const T* from = pages.at(page(row, column), which, head, offset);
-    for (int64_t j = 0; j < count; ++j) {
-      widen_all(from, size, to + j * width);
-      from += pages.dim;
-      if (++offset == pages.block_size && j + 1 < count) {
-        offset = 0;
-        from = pages.at(page(row, ++column), which, head, 0);
-      }
-    }
-  }
-
-  // Units [begin, end) of rows * kv_heads, all rows of a head one after the other. Width: of a key and of a value,
-  // widened, where it is one of those that the loops are compiled for; else 0. Shuffles: whether `sums` is fast.
-  template <int64_t Width, bool Shuffles>
+  // Units [begin, end) of rows * kv_heads. A row's heads come one after the other: they lie in the same pages.
+  template <class Loops>
   ADVANCE_STEP_INLINE void units(int64_t begin, int64_t end) const {
-    const int64_t queries = group() * tokens;
-    const int64_t key_width = Width ? Width : padded(key_dim, kBlock);
-    const int64_t value_width = Width ? Width : padded(value_dim, kBlock);
-    const int64_t wide = key_width > value_width ? key_width : value_width;
     int64_t longest = 0;
     for (int64_t row = 0; row < rows; ++row) {
       int64_t first, last;
       keys_of(row, &first, &last);
       if (last - first + 1 > longest) longest = last - first + 1;
     }
-    const int64_t reach = padded(longest, kLanes);
-    const std::unique_ptr<float[]> room(new float[queries * (key_width + value_width + reach) + kLanes * wide]());
-    float* const q = room.get();
-    float* const totals = q + queries * key_width;
-    float* const scores = totals + queries * value_width;
-    float* const block = scores + queries * reach;  // of widened keys or values
+    const int64_t reach = padded(longest + Loops::kStart - 1, kBlock), width = padded(value_dim, kBlock);
+    const std::unique_ptr<float[]> room(new float[queries() * (reach + width)]());
+    float *const scores = room.get(), *const totals = scores + queries() * reach;
+    Loops loops(*this, reach, width);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t head = unit / rows, row = unit % rows;
+      const int64_t row = unit / pages.kv_heads, head = unit % pages.kv_heads;
       int64_t first, last;
       keys_of(row, &first, &last);
-      const int64_t count = last - first + 1;
-      for (int64_t i = 0; i < queries; ++i) {
-        widen_all(query.at(row, head * group() + i / tokens, i % tokens), key_dim, q + i * key_width);
+      const int64_t start = first / Loops::kStart * Loops::kStart;
+      const Keys keys{row, head, start, last - start + 1, first - start};
+      loops.score(keys, scores);
+      for (int64_t i = 0; i < queries(); ++i) {
+        seen(positions[row * tokens + i % tokens], &first, &last);
+        softmax(scores + i * reach, keys.count, first - start, last - start, head * group() + i / tokens);
       }
-      for (int64_t j = 0; j < count; j += kLanes) {
-        const int64_t some = count - j < kLanes ? count - j : kLanes;
-        gather(row, head, 0, first + j, some, key_dim, key_width, block);
-        for (int64_t i = 0; i < queries; ++i) {
-          dots<Shuffles>(q + i * key_width, block, key_width, scores + i * reach + j);
-        }
+      loops.weigh(keys, scores, totals);
+      for (int64_t i = 0; i < queries(); ++i) {
+        loops.finish(totals + i * width,
+                     out + ((row * tokens + i % tokens) * heads + head * group() + i / tokens) * value_dim);
       }
-      for (int64_t i = 0; i < queries; ++i) {
-        int64_t begin_seen, end_seen;
-        seen(positions[row * tokens + i % tokens], &begin_seen, &end_seen);
-        softmax(scores + i * reach, count, begin_seen - first, end_seen - first, head * group() + i / tokens);
-      }
-      std::memset(totals, 0, queries * value_width * sizeof(float));
-      for (int64_t j = 0; j < count; j += kLanes) {
-        const int64_t some = count - j < kLanes ? count - j : kLanes;
-        gather(row, head, 1, first + j, some, value_dim, value_width, block);
-        for (int64_t i = 0; i < queries; ++i) {
-          add<Width>(scores + i * reach + j, block, some, value_width, totals + i * value_width);
-        }
-      }
-      for (int64_t i = 0; i < queries; ++i) {
-        T* const to = out + ((row * tokens + i % tokens) * heads + head * group() + i / tokens) * value_dim;
-        narrow_all(totals + i * value_width, value_dim, to);
-      }
-    }
-  }
-
-  // Scores of one query against the keys of a vector of scores; lanes of keys that are not there mean nothing.
-  template <bool Shuffles>
-  ADVANCE_STEP_INLINE void dots(const float* q, const float* keys, int64_t width, float* to) const {
-    Floats products[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) {
-      products[j] = Floats{};
-      for (int64_t d = 0; d < width; d += kLanes) products[j] += load(q + d) * load(keys + j * width + d);
-    }
-    if constexpr (Shuffles) {
-      store(to, sums(products) * scaling);
-    } else {
-      for (int64_t j = 0; j < kLanes; ++j) to[j] = sum(products[j]) * scaling;
     }
   }
 
@@ -246,8 +187,9 @@ struct PagedAttention {
     }
     float sink = none;
     if (sinks) {
+      T one[kBlock] = {sinks[head]};
       float wide[kBlock];
-      widen_all(sinks + head, 1, wide);
+      widen(one, wide);
       sink = wide[0];
     }
     const float top = largest(most) > sink ? largest(most) : sink;
@@ -259,26 +201,6 @@ struct PagedAttention {
     }
     const float all = sum(total) + (sinks ? std::exp(sink - top) : 0.0f);
     for (int64_t j = 0; j < count; j += kLanes) store(scores + j, load(scores + j) / all);
-  }
-
-  // Adds values to the sums, each by its weight.
-  template <int64_t Width>
-  static ADVANCE_STEP_INLINE void add(const float* weights, const float* values, int64_t count, int64_t width,
-                                      float* sums) {
-    if constexpr (Width) {
-      Floats to[Width / kLanes];
-      for (int64_t d = 0; d < Width / kLanes; ++d) to[d] = load(sums + d * kLanes);
-      for (int64_t j = 0; j < count; ++j) {
-        for (int64_t d = 0; d < Width / kLanes; ++d) to[d] += weights[j] * load(values + j * Width + d * kLanes);
-      }
-      for (int64_t d = 0; d < Width / kLanes; ++d) store(sums + d * kLanes, to[d]);
-    } else {
-      for (int64_t d = 0; d < width; d += kLanes) {
-        Floats to = load(sums + d);
-        for (int64_t j = 0; j < count; ++j) to += weights[j] * load(values + j * width + d);
-        store(sums + d, to);
-      }
-    }
   }
 };
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from advance_step.decode import cpu_attention
+from advance_step.decode import cpu_attention, huge_pages
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class PagedKVCache:
     ) -> "PagedKVCache":
         """A cache of zeros: a page that was never written may be read (masked), and must not hold a NaN."""
         shapes = [(num_pages + 1, 2, layout.kv_heads, block_size, layout.dim) for layout in layouts]
+        if device.type == "cpu":
+            return cls(layouts, [huge_pages.zeros(shape, dtype) for shape in shapes])
         return cls(layouts, [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes])
 
     @property
