@@ -35,7 +35,7 @@ class TileLoops {
     shapes.set(2, kTileRows, kTileBytes);
     shapes.set(3, 2 * queries_, kTileBytes);
     for (int part = 0; part < 4; ++part) shapes.set(4 + part, 2 * queries_, kTileBytes);
-    _tile_loadconfig(&shapes);
+    shapes.load();
   }
   ADVANCE_STEP_TILES ~TileLoops() { _tile_release(); }
 
@@ -47,6 +47,7 @@ class TileLoops {
         std::memcpy(&pairs_[d / 2 * kLanes + i], query + d, sizeof(uint32_t));
       }
     }
+    written();
     alignas(64) float products[kTileRows][kLanes];  // of a key, with each query
     const Ints column = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * static_cast<int32_t>(kLanes);
     for (int64_t j = 0; j < keys.count; j += kTileRows) {
@@ -76,6 +77,7 @@ class TileLoops {
         narrow_in_order(weight - widen_in_order(large), large + queries_ * reach_);
       }
     }
+    written();
     int64_t d = 0;
     for (; d + 2 * kBlock <= attention_.value_dim; d += 2 * kBlock) weigh<4>(keys, d, totals + d);
     if (d < attention_.value_dim) weigh<2>(keys, d, totals + d);
@@ -113,6 +115,7 @@ class TileLoops {
           }
         }
       }
+      written();
       _tile_loadd(3, &weights_[j], reach_ * sizeof(BFloat16));
       _tile_loadd(2, lines[0], kTileBytes);
       _tile_dpbf16ps(4, 3, 2);

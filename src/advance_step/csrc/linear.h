@@ -157,8 +157,7 @@ ADVANCE_STEP_TILES inline void sum_tiles(const PackedLinear<BFloat16>& linear, i
 ADVANCE_STEP_TILES inline void by_tiles(const PackedLinear<BFloat16>& linear, int64_t begin, int64_t end) {
   const int64_t count = linear.rows < 2 * kTileRows ? linear.rows : 2 * kTileRows;
   const auto sum = count > kTileRows ? sum_tiles<true> : sum_tiles<false>;
-  const TileShapes shapes = shapes_of(count);
-  _tile_loadconfig(&shapes);
+  shapes_of(count).load();
   linear.in_pieces(count, begin, end, 2, [&](int64_t row, int64_t block) {
     sum(linear, row, count, block, block + 1 < end ? block + 1 : block);
   });

@@ -29,6 +29,10 @@ inline bool has_tiles() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// Between writing memory and loading a tile from it: GCC's _tile_loadd and _tile_loadconfig do not tell the compiler
+// that they read memory, so that it might write later, or never.
+inline void written() { __asm__ volatile("" ::: "memory"); }
+
 // What each of the eight tiles holds, as _tile_loadconfig takes it.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -38,6 +42,11 @@ struct alignas(64) TileShapes {
   void set(int tile, int64_t tile_rows, int64_t bytes) {
     rows[tile] = static_cast<uint8_t>(tile_rows);
     row_bytes[tile] = static_cast<uint16_t>(bytes);
+  }
+
+  ADVANCE_STEP_TILES void load() const {
+    written();
+    _tile_loadconfig(this);
   }
 };
 
