@@ -216,13 +216,14 @@ def test_workers_that_die_over_and_over(machines, tiny, source, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGKILL)
 
     for kind, message, deaths in [
-        (OverABlock, "--ray: 3 workers died over lines 1 to 4: The actor died unexpectedly", 1),
-        (TheLastOne, "--ray: no worker is left, 3 died in a row as they started: The actor died", 3),
+        (OverABlock, "--ray: 3 workers died over lines 1 to 4: The actor died unexpectedly", {1}),
+        # 4 where the one that decodes is seen to be dead, and replaced, before the third that died as it started
+        (TheLastOne, "--ray: no worker is left, [34] died in a row as they started: The actor died", {3, 4}),
     ]:
         monkeypatch.setattr(on_ray, "Worker", kind)
         with pytest.raises(ChildProcessError, match=message):
             job.generate([], str(source), str(tmp_path / f"{kind.__name__}.jsonl"), False, on_workers(tiny))
-        assert capsys.readouterr().err.count("a worker died as it started: ") == deaths
+        assert capsys.readouterr().err.count("a worker died as it started: ") in deaths
         assert not ray.is_initialized()
 
 

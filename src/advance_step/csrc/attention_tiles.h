@@ -49,7 +49,9 @@ class TileLoops {
     }
     written();
     alignas(64) float products[kTileRows][kLanes];  // of a key, with each query
-    const Ints column = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * static_cast<int32_t>(kLanes);
+    const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                              _mm512_set1_epi32(kLanes));
+    const __m512 scaling = _mm512_set1_ps(attention_.scaling);
     for (int64_t j = 0; j < keys.count; j += kTileRows) {
       const BFloat16* const from = attention_.at(keys, 0, keys.start + j);
       attention_.prefetch(keys, 0, keys.start + j + kAhead);
@@ -61,8 +63,8 @@ class TileLoops {
       }
       _tile_stored(0, products, kTileBytes);
       for (int64_t i = 0; i < queries_; ++i) {
-        const __m512 of_query = _mm512_i32gather_ps(bits_as<__m512i>(column), &products[0][i], sizeof(float));
-        store(scores + i * reach_ + j, bits_as<Floats>(of_query) * attention_.scaling);
+        const __m512 of_query = _mm512_i32gather_ps(column, &products[0][i], sizeof(float));
+        _mm512_storeu_ps(scores + i * reach_ + j, _mm512_mul_ps(of_query, scaling));
       }
     }
   }
@@ -71,10 +73,9 @@ class TileLoops {
   ADVANCE_STEP_TILES void weigh(const Keys& keys, const float* weights, float* totals) {
     for (int64_t i = 0; i < queries_; ++i) {
       for (int64_t j = 0; j < padded(keys.count, kBlock); j += kLanes) {
-        const Floats weight = j < keys.count ? load(weights + i * reach_ + j) : Floats{};
+        const float none[kLanes] = {};
         BFloat16* const large = &weights_[i * reach_ + j];
-        narrow_in_order(weight, large);
-        narrow_in_order(weight - widen_in_order(large), large + queries_ * reach_);
+        split(j < keys.count ? weights + i * reach_ + j : none, large, large + queries_ * reach_);
       }
     }
     written();
@@ -137,12 +138,23 @@ class TileLoops {
     }
     for (int64_t i = 0; i < queries_; ++i) {
       for (int part = 0; part < Parts; ++part) {
-        const Floats large = load(sums[part][i]), small = load(sums[part][queries_ + i]);
-        // an infinite value times a weight's second part of 0 is no number, and means nothing
-        const Floats known = bits_as<Floats>(bits_as<Ints>(small) & (small == small));
-        store(totals + i * width_ + part * kLanes, large + known);
+        join(sums[part][i], sums[part][queries_ + i], totals + i * width_ + part * kLanes);
       }
     }
+  }
+
+  // Clang passes no vectors between functions of different targets; these take none, and become part of their callers.
+
+  // 16 weights as the nearest numbers of bfloat16, and as those nearest to what they are more than that.
+  static ADVANCE_STEP_INLINE void split(const float* weights, BFloat16* large, BFloat16* small) {
+    narrow_in_order(load(weights), large);
+    narrow_in_order(load(weights) - widen_in_order(large), small);
+  }
+
+  // Sums of both. An infinite value times a second part of 0 is no number, and means nothing.
+  static ADVANCE_STEP_INLINE void join(const float* large, const float* small, float* to) {
+    const Floats rest = load(small);
+    store(to, load(large) + bits_as<Floats>(bits_as<Ints>(rest) & (rest == rest)));
   }
 
   // 32 elements of one token and of another, in turns: the first 16 of each, the last 16 of each.

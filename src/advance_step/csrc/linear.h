@@ -42,8 +42,9 @@ struct PackedLinear {
     }
   }
 
-  // Adds the bias to the sums of a row and a block of outputs, rounds and stores them.
-  ADVANCE_STEP_INLINE void finish(int64_t row, int64_t block, Floats sums) const {
+  // Adds the bias to the sums [kLanes] of a row and a block of outputs, rounds and stores them.
+  ADVANCE_STEP_INLINE void finish(int64_t row, int64_t block, const float* from) const {
+    const Floats sums = load(from);
     const int64_t first = block * kLanes;
     T* const to = out + row * outs + first;
     if (first + kLanes <= outs) {
@@ -94,7 +95,11 @@ struct PackedLinear {
       }
     }
     for (int64_t i = 0; i < Rows; ++i) {
-      for (int64_t b = 0; b < Blocks; ++b) finish(row + i, block + b, sums[i][b]);
+      for (int64_t b = 0; b < Blocks; ++b) {
+        float of_block[kLanes];
+        store(of_block, sums[i][b]);
+        finish(row + i, block + b, of_block);
+      }
     }
   }
 };
@@ -148,8 +153,8 @@ ADVANCE_STEP_TILES inline void sum_tiles(const PackedLinear<BFloat16>& linear, i
   _tile_stored(3, sums[3], kTileBytes);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t half = i / kTileRows * 2;
-    linear.finish(row + i, block, load(sums[half][i % kTileRows]));
-    linear.finish(row + i, next, load(sums[half + 1][i % kTileRows]));
+    linear.finish(row + i, block, sums[half][i % kTileRows]);
+    linear.finish(row + i, next, sums[half + 1][i % kTileRows]);
   }
 }
 
