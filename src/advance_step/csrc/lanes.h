@@ -97,21 +97,16 @@ ADVANCE_STEP_INLINE void narrow(const float* from, Float16* to) {
   for (int64_t i = 0; i < kBlock; ++i) narrow_one(from[place<Float16>(i)], to + i);
 }
 
-// 16 elements to float32 and back, in their order.
+// 16 elements of bfloat16 to float32 and back, in their order.
 typedef uint16_t Halves __attribute__((vector_size(32)));
-ADVANCE_STEP_INLINE Words words_of(const void* from) {
+ADVANCE_STEP_INLINE Floats widen_in_order(const BFloat16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof(halves));
-  return __builtin_convertvector(halves, Words);
+  return bits_as<Floats>(__builtin_convertvector(halves, Words) << 16);
 }
-ADVANCE_STEP_INLINE Floats widen_in_order(const BFloat16* from) { return bits_as<Floats>(words_of(from) << 16); }
-ADVANCE_STEP_INLINE Floats widen_in_order(const Float16* from) { return float_of(words_of(from)); }
 ADVANCE_STEP_INLINE void narrow_in_order(Floats values, BFloat16* to) {
   const Halves halves = __builtin_convertvector(rounded(values) >> 16, Halves);
   std::memcpy(to, &halves, sizeof(halves));
-}
-ADVANCE_STEP_INLINE void narrow_in_order(Floats values, Float16* to) {
-  for (int64_t i = 0; i < kLanes; ++i) narrow_one(values[i], to + i);
 }
 
 typedef float Eight __attribute__((vector_size(32)));

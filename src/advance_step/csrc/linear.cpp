@@ -24,76 +24,62 @@ void demand(bool holds, const char* words) {
   if (!holds) throw std::invalid_argument(std::string("packed_linear: ") + words);
 }
 
-template <class T>
-using Blocks = void (*)(const PackedLinear<T>&, int64_t, int64_t);
+using Blocks = void (*)(const PackedLinear&, int64_t, int64_t);
 
 // The loops for the build's own target and, on x86, for two kinds of processors that have more.
-template <class T>
-void by_vectors(const PackedLinear<T>& linear, int64_t begin, int64_t end) {
-  linear.template by_vectors<4, 1>(begin, end);
-}
+void by_vectors(const PackedLinear& linear, int64_t begin, int64_t end) { linear.by_vectors<4, 1>(begin, end); }
 #ifdef __x86_64__
-template <class T>
-__attribute__((target("avx2,fma"))) void by_vectors_avx2(const PackedLinear<T>& linear, int64_t begin, int64_t end) {
-  linear.template by_vectors<4, 1>(begin, end);
+__attribute__((target("avx2,fma"))) void by_vectors_avx2(const PackedLinear& linear, int64_t begin, int64_t end) {
+  linear.by_vectors<4, 1>(begin, end);
 }
-template <class T>
-__attribute__((target("avx512f"))) void by_vectors_avx512(const PackedLinear<T>& linear, int64_t begin, int64_t end) {
-  linear.template by_vectors<8, 2>(begin, end);
+__attribute__((target("avx512f"))) void by_vectors_avx512(const PackedLinear& linear, int64_t begin, int64_t end) {
+  linear.by_vectors<8, 2>(begin, end);
 }
 #endif
 
 // The loops that this processor runs fastest.
-template <class T>
-Blocks<T> fastest() {
+Blocks fastest() {
 #ifdef ADVANCE_STEP_AMX
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    static const bool tiles = has_tiles();
-    if (tiles) return by_tiles;
-  }
+  static const bool tiles = has_tiles();
+  if (tiles) return by_tiles;
 #endif
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f")) return by_vectors_avx512<T>;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return by_vectors_avx2<T>;
+  if (__builtin_cpu_supports("avx512f")) return by_vectors_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return by_vectors_avx2;
 #endif
-  return by_vectors<T>;
+  return by_vectors;
 }
 
-template <class T>
-void run(const PackedLinear<T>& linear) {
+void run(const PackedLinear& linear) {
   if (linear.rows == 0) return;
-  const int64_t bytes = linear.ins * kLanes * static_cast<int64_t>(sizeof(T));  // of a block
-  const auto loops = fastest<T>();
+  const int64_t bytes = linear.ins * kLanes * static_cast<int64_t>(sizeof(BFloat16));  // of a block
+  const auto loops = fastest();
   torch::stable::parallel_for(0, linear.blocks(), (kWorthAThread + bytes - 1) / bytes,
                               [&](int64_t begin, int64_t end) { loops(linear, begin, end); });
 }
 
 Tensor packed_linear(const Tensor& given, const Tensor& weight, std::optional<Tensor> bias, int64_t out_features) {
-  const ScalarType dtype = given.scalar_type();
-  demand(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "input: expected bfloat16 or float16");
+  demand(given.scalar_type() == ScalarType::BFloat16, "input: expected bfloat16");
   demand(given.dim() > 0, "input: expected [..., in_features]");
   const int64_t ins = given.size(given.dim() - 1), padded = (ins + kBlock - 1) / kBlock * kBlock;
   demand(out_features > 0 && ins > 0, "out_features, in_features: expected numbers > 0");
-  demand(weight.scalar_type() == dtype && weight.is_contiguous() && weight.dim() == 4 &&
+  demand(weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous() && weight.dim() == 4 &&
              weight.size(0) == (out_features + kLanes - 1) / kLanes && weight.size(1) == padded / 2 &&
              weight.size(2) == kLanes && weight.size(3) == 2,
-         "weight: expected what pack_weight makes of [out_features, in_features], in the dtype of input");
-  demand(!bias || (bias->scalar_type() == dtype && bias->dim() == 1 && bias->size(0) == out_features &&
+         "weight: expected what pack_weight makes of [out_features, in_features] in bfloat16");
+  demand(!bias || (bias->scalar_type() == ScalarType::BFloat16 && bias->dim() == 1 && bias->size(0) == out_features &&
                    bias->is_contiguous()),
-         "bias: expected [out_features] in the dtype of input, contiguous");
+         "bias: expected bfloat16 [out_features], contiguous");
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < given.dim(); ++d) rows *= sizes.emplace_back(given.size(d));
   sizes.push_back(out_features);
   const Tensor input = padded == ins ? torch::stable::contiguous(given) : torch::stable::pad(given, {0, padded - ins});
   Tensor out = torch::stable::new_empty(input, sizes);
-  const auto with = [&](auto element) {
-    using T = decltype(element);
-    run(PackedLinear<T>{rows, padded, out_features, static_cast<const T*>(input.data_ptr()),
-                        static_cast<const T*>(weight.data_ptr()),
-                        bias ? static_cast<const T*>(bias->data_ptr()) : nullptr, static_cast<T*>(out.data_ptr())});
-  };
-  dtype == ScalarType::BFloat16 ? with(BFloat16{}) : with(Float16{});
+  run(PackedLinear{rows, padded, out_features, static_cast<const BFloat16*>(input.data_ptr()),
+                   static_cast<const BFloat16*>(weight.data_ptr()),
+                   bias ? static_cast<const BFloat16*>(bias->data_ptr()) : nullptr,
+                   static_cast<BFloat16*>(out.data_ptr())});
   return out;
 }
 

@@ -1,8 +1,8 @@
 // Linear layers over weights that are laid out for it, on a CPU: the computation, free of torch.
 //
 // Where a batch has few rows, a layer takes as long as its weights take to be read, so each is read once, from one end
-// to the other. Sums are in float32. The loops are those of this processor's vectors; for bfloat16 there are those of
-// its tiles too (AMX), which stay at the speed of memory for ten times as many rows.
+// to the other. Weights are bfloat16, sums are in float32. The loops are those of this processor's vectors or, where it
+// has them, of its tiles (AMX), which stay at the speed of memory for ten times as many rows.
 #pragma once
 
 #include <initializer_list>
@@ -15,23 +15,22 @@ namespace advance_step {
 
 constexpr int64_t kPanel = 1 << 19;  // bytes of input that stay in a processor's cache while the weights go by
 
-template <class T>
 struct PackedLinear {
   int64_t rows, ins, outs;  // ins: a multiple of kBlock
-  const T* input;           // [rows, ins]
-  const T* weight;  // [blocks, ins / 2, kLanes, 2]: a block is kLanes outputs, the last one filled up with zeros
-  const T* bias;    // [outs], or null
-  T* out;           // [rows, outs]
+  const BFloat16* input;    // [rows, ins]
+  const BFloat16* weight;  // [blocks, ins / 2, kLanes, 2]: a block is kLanes outputs, the last one filled up with zeros
+  const BFloat16* bias;    // [outs], or null
+  BFloat16* out;           // [rows, outs]
 
   int64_t blocks() const { return (outs + kLanes - 1) / kLanes; }
-  const T* weight_of(int64_t block, int64_t in) const { return weight + (block * ins + in) * kLanes; }
+  const BFloat16* weight_of(int64_t block, int64_t in) const { return weight + (block * ins + in) * kLanes; }
 
   // Calls work(row, block) for `count` rows from each `row` on and `step` blocks from each `block` on, of all rows and
   // the blocks [begin, end). Where pieces of `count` rows do not add up, some rows are in two of them. The inputs of as
   // many rows as stay in a processor's cache meet all blocks before the next come.
   template <class Work>
   ADVANCE_STEP_INLINE void in_pieces(int64_t count, int64_t begin, int64_t end, int64_t step, const Work& work) const {
-    const int64_t fit = kPanel / (ins * static_cast<int64_t>(sizeof(T))) / count * count;
+    const int64_t fit = kPanel / (ins * static_cast<int64_t>(sizeof(BFloat16))) / count * count;
     const int64_t panel = fit > count ? fit : count;
     for (int64_t first = 0; first < rows; first += panel) {
       for (int64_t block = begin; block < end; block += step) {
@@ -46,14 +45,14 @@ struct PackedLinear {
   ADVANCE_STEP_INLINE void finish(int64_t row, int64_t block, const float* from) const {
     const Floats sums = load(from);
     const int64_t first = block * kLanes;
-    T* const to = out + row * outs + first;
+    BFloat16* const to = out + row * outs + first;
     if (first + kLanes <= outs) {
       narrow_in_order(bias ? sums + widen_in_order(bias + first) : sums, to);
     } else {
-      T values[kLanes] = {};
-      if (bias) std::memcpy(values, bias + first, (outs - first) * sizeof(T));
+      BFloat16 values[kLanes] = {};
+      if (bias) std::memcpy(values, bias + first, (outs - first) * sizeof(BFloat16));
       narrow_in_order(sums + widen_in_order(values), values);
-      std::memcpy(to, values, (outs - first) * sizeof(T));
+      std::memcpy(to, values, (outs - first) * sizeof(BFloat16));
     }
   }
 
@@ -83,7 +82,7 @@ struct PackedLinear {
       for (int64_t pair = 0; pair < kLanes; ++pair) {
         for (int64_t b = 0; b < Blocks; ++b) {
           float weights[kBlock];
-          const T* const from = weight_of(block + b, in + 2 * pair);
+          const BFloat16* const from = weight_of(block + b, in + 2 * pair);
           __builtin_prefetch(from + Blocks * ins * kLanes);
           widen(from, weights);
           const Floats first = load(weights), second = load(weights + kLanes);
@@ -119,8 +118,8 @@ inline TileShapes shapes_of(int64_t count) {
 
 // `count` rows from `row` on, more than 16 if Lower, and two blocks of outputs, or the same one twice.
 template <bool Lower>
-ADVANCE_STEP_TILES inline void sum_tiles(const PackedLinear<BFloat16>& linear, int64_t row, int64_t count,
-                                         int64_t block, int64_t next) {
+ADVANCE_STEP_TILES inline void sum_tiles(const PackedLinear& linear, int64_t row, int64_t count, int64_t block,
+                                         int64_t next) {
   const int64_t ins = linear.ins, row_bytes = ins * static_cast<int64_t>(sizeof(BFloat16));
   const BFloat16* const input = linear.input + row * ins;
   _tile_zero(0);
@@ -159,7 +158,7 @@ ADVANCE_STEP_TILES inline void sum_tiles(const PackedLinear<BFloat16>& linear, i
 }
 
 // As by_vectors, by tiles.
-ADVANCE_STEP_TILES inline void by_tiles(const PackedLinear<BFloat16>& linear, int64_t begin, int64_t end) {
+ADVANCE_STEP_TILES inline void by_tiles(const PackedLinear& linear, int64_t begin, int64_t end) {
   const int64_t count = linear.rows < 2 * kTileRows ? linear.rows : 2 * kTileRows;
   const auto sum = count > kTileRows ? sum_tiles<true> : sum_tiles<false>;
   shapes_of(count).load();

@@ -3,12 +3,12 @@
     packed_linear(Tensor input, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor
 
 It is torch.nn.functional.linear(input [..., in_features], w [out_features, in_features], bias [out_features]) with
-weight = pack_weight(w). All are of one dtype, bfloat16 or float16; sums are in float32, to which the bias is added
-before they are rounded. Returns [..., out_features], contiguous. ValueError for what does not fit together.
+weight = pack_weight(w). All are bfloat16; sums are in float32, to which the bias is added before they are rounded.
+Returns [..., out_features], contiguous. ValueError for what does not fit together.
 
-At few rows a layer takes as long as its weight takes to be read, and a step is little else. torch's own linear lays a
-16-bit weight out anew in every call, or multiplies from a layout that is slower to read; oneDNN, with its weights laid
-out ahead, took 1.4 to 1.6 times as long up to 32 rows. Float32 layers stay as they are.
+At few rows a layer takes as long as its weight takes to be read, and a step is little else. torch's own linear lays the
+weight out anew in every call, or multiplies from a layout that is slower to read; oneDNN, with its weights laid out
+ahead, took 1.4 to 1.6 times as long up to 32 rows. Layers of other dtypes stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ linear = torch.ops.advance_step_decode.packed_linear.default  # looked up once: 
 # Projections of one input in one module, by the names that transformers' models give them: a single matmul.
 TOGETHER = ("q_proj", "k_proj", "v_proj")
 
-DTYPES = {torch.bfloat16, torch.float16}
 OUTS, INS = 16, 32  # of a block of weights; the core's kLanes and kBlock
 
 
@@ -104,18 +103,18 @@ class PackedLinear(nn.Module):
 def pack_linears(model: nn.Module) -> int:
     """Replace the model's linear layers by packed ones, where that pays; returns how many were replaced.
 
-    That is in bfloat16 and float16 on an x86 CPU with AVX2 or more, where there is the native core; elsewhere nothing
-    is changed, and 0 returned. q_proj, k_proj and v_proj of one module become one matmul. The results are the same up
-    to the order of sums. The layers' own weights are given up (a tied embedding keeps its own), so that the model can
-    be run as before but neither saved nor trained.
+    That is in bfloat16 on an x86 CPU with AVX2 or more, where there is the native core; elsewhere nothing is changed,
+    and 0 returned. q_proj, k_proj and v_proj of one module become one matmul. The results are the same up to the order
+    of sums. The layers' own weights are given up (a tied embedding keeps its own), so that the model can be run as
+    before but neither saved nor trained.
     """
     groups = [(module, names) for module in model.modules() for names in _together(module)]
     shapes = [packed_shape(*_joined_shape(module, names)) for module, names in groups]
-    room = huge_pages.zeros((sum(map(prod, shapes)),), torch.int16)  # as 16 bits of any dtype
+    room = huge_pages.zeros((sum(map(prod, shapes)),), torch.bfloat16)
     for (module, names), shape in zip(groups, shapes, strict=True):
         layers = [getattr(module, name) for name in names]
         here, room = room[: prod(shape)], room[prod(shape) :]
-        packed = PackedWeight(layers, here.view(layers[0].weight.dtype).view(shape))
+        packed = PackedWeight(layers, here.view(shape))
         for part, (name, layer) in enumerate(zip(names, layers, strict=True)):
             setattr(module, name, PackedLinear(layer, packed, part))
     return sum(len(names) for _, names in groups)
@@ -139,8 +138,8 @@ def _joined_shape(module: nn.Module, names: list[str]) -> tuple[int, int]:
 
 
 def _packs(layer: nn.Module) -> bool:
-    """A plain linear layer in a 16-bit dtype, on a CPU whose vectors the core has loops for."""
-    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.dtype not in DTYPES:
+    """A plain linear layer in bfloat16, on a CPU whose vectors the core has loops for."""
+    if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.dtype != torch.bfloat16:
         return False
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return fast and torch._C._dispatch_has_kernel_for_dispatch_key("advance_step_decode::packed_linear", "CPU")
