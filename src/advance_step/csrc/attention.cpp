@@ -2,14 +2,13 @@
 // decode/cpu_attention.py defines and documents.
 #include "attention_tiles.h"
 #include "attention_vectors.h"
+#include "demand.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 namespace advance_step {
@@ -21,18 +20,7 @@ using torch::stable::Tensor;
 // Work, in multiplications, below which a second thread costs more than it saves.
 constexpr int64_t kWorthAThread = 1 << 18;
 
-void demand(bool holds, const char* words) {
-  if (!holds) throw std::invalid_argument(std::string("paged_attention: ") + words);
-}
-
-bool is_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes) {
-  if (tensor.dim() != static_cast<int64_t>(sizes.size())) return false;
-  int64_t d = 0;
-  for (const int64_t size : sizes) {
-    if (tensor.size(d++) != size) return false;
-  }
-  return true;
-}
+constexpr Demand demand{"paged_attention"};
 
 template <class T>
 Heads<const T> heads_of(const Tensor& tensor) {

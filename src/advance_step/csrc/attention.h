@@ -12,8 +12,6 @@
 
 namespace advance_step {
 
-inline int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
-
 constexpr int64_t kAhead = 4 * kLanes;  // tokens between what is read and what is prefetched
 
 // A strided view [rows, heads, tokens, dim] whose last dimension is contiguous.

@@ -17,8 +17,7 @@ class TileLoops {
   static constexpr int64_t kStart = kTileRows;  // keys are taken 16 by 16, from a multiple on
 
   static bool serve(const PagedAttention<BFloat16>& attention) {
-    static const bool tiles = has_tiles();
-    return tiles && 2 * attention.queries() <= kTileRows && attention.key_dim % kBlock == 0 &&
+    return has_tiles() && 2 * attention.queries() <= kTileRows && attention.key_dim % kBlock == 0 &&
            attention.value_dim % kBlock == 0 && attention.pages.block_size % kTileRows == 0;
   }
 

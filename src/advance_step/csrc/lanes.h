@@ -15,6 +15,8 @@
 
 namespace advance_step {
 
+inline int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
 constexpr int64_t kLanes = 16;
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));

@@ -1,14 +1,13 @@
 // Linear layers of a model on a CPU: the operator advance_step_decode::packed_linear, which decode/packed_linear.py
 // defines and documents.
 #include "linear.h"
+#include "demand.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace advance_step {
@@ -20,9 +19,7 @@ using torch::stable::Tensor;
 // Bytes of weights below which a second thread costs more than it saves.
 constexpr int64_t kWorthAThread = 1 << 16;
 
-void demand(bool holds, const char* words) {
-  if (!holds) throw std::invalid_argument(std::string("packed_linear: ") + words);
-}
+constexpr Demand demand{"packed_linear"};
 
 using Blocks = void (*)(const PackedLinear&, int64_t, int64_t);
 
@@ -40,8 +37,7 @@ __attribute__((target("avx512f"))) void by_vectors_avx512(const PackedLinear& li
 // The loops that this processor runs fastest.
 Blocks fastest() {
 #ifdef ADVANCE_STEP_AMX
-  static const bool tiles = has_tiles();
-  if (tiles) return by_tiles;
+  if (has_tiles()) return by_tiles;
 #endif
 #ifdef __x86_64__
   if (__builtin_cpu_supports("avx512f")) return by_vectors_avx512;
@@ -61,22 +57,21 @@ void run(const PackedLinear& linear) {
 Tensor packed_linear(const Tensor& given, const Tensor& weight, std::optional<Tensor> bias, int64_t out_features) {
   demand(given.scalar_type() == ScalarType::BFloat16, "input: expected bfloat16");
   demand(given.dim() > 0, "input: expected [..., in_features]");
-  const int64_t ins = given.size(given.dim() - 1), padded = (ins + kBlock - 1) / kBlock * kBlock;
+  const int64_t ins = given.size(given.dim() - 1), room = padded(ins, kBlock);
   demand(out_features > 0 && ins > 0, "out_features, in_features: expected numbers > 0");
-  demand(weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous() && weight.dim() == 4 &&
-             weight.size(0) == (out_features + kLanes - 1) / kLanes && weight.size(1) == padded / 2 &&
-             weight.size(2) == kLanes && weight.size(3) == 2,
+  demand(weight.scalar_type() == ScalarType::BFloat16 && weight.is_contiguous() &&
+             is_shape(weight, {padded(out_features, kLanes) / kLanes, room / 2, kLanes, 2}),
          "weight: expected what pack_weight makes of [out_features, in_features] in bfloat16");
-  demand(!bias || (bias->scalar_type() == ScalarType::BFloat16 && bias->dim() == 1 && bias->size(0) == out_features &&
-                   bias->is_contiguous()),
+  demand(!bias ||
+             (bias->scalar_type() == ScalarType::BFloat16 && is_shape(*bias, {out_features}) && bias->is_contiguous()),
          "bias: expected bfloat16 [out_features], contiguous");
   std::vector<int64_t> sizes;
   int64_t rows = 1;
   for (int64_t d = 0; d + 1 < given.dim(); ++d) rows *= sizes.emplace_back(given.size(d));
   sizes.push_back(out_features);
-  const Tensor input = padded == ins ? torch::stable::contiguous(given) : torch::stable::pad(given, {0, padded - ins});
+  const Tensor input = room == ins ? torch::stable::contiguous(given) : torch::stable::pad(given, {0, room - ins});
   Tensor out = torch::stable::new_empty(input, sizes);
-  run(PackedLinear{rows, padded, out_features, static_cast<const BFloat16*>(input.data_ptr()),
+  run(PackedLinear{rows, room, out_features, static_cast<const BFloat16*>(input.data_ptr()),
                    static_cast<const BFloat16*>(weight.data_ptr()),
                    bias ? static_cast<const BFloat16*>(bias->data_ptr()) : nullptr,
                    static_cast<BFloat16*>(out.data_ptr())});

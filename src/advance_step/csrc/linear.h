@@ -22,7 +22,7 @@ struct PackedLinear {
   const BFloat16* bias;    // [outs], or null
   BFloat16* out;           // [rows, outs]
 
-  int64_t blocks() const { return (outs + kLanes - 1) / kLanes; }
+  int64_t blocks() const { return padded(outs, kLanes) / kLanes; }
   const BFloat16* weight_of(int64_t block, int64_t in) const { return weight + (block * ins + in) * kLanes; }
 
   // Calls work(row, block) for `count` rows from each `row` on and `step` blocks from each `block` on, of all rows and

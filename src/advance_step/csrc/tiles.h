@@ -21,12 +21,17 @@ namespace advance_step {
 constexpr int64_t kTileRows = 16, kTileBytes = 64;
 
 // Whether the processor has tiles of bfloat16, and the kernel lets this process use them.
-inline bool has_tiles() {
+inline bool ask_for_tiles() {
   unsigned int a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of Linux's arch_prctl
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+inline bool has_tiles() {
+  static const bool found = ask_for_tiles();  // once a process
+  return found;
 }
 
 // Between writing memory and loading a tile from it: GCC's _tile_loadd and _tile_loadconfig do not tell the compiler

@@ -49,9 +49,15 @@ def pack_weight(weight: Tensor) -> Tensor:
     A block is 16 outputs; of them come the first two inputs, then the next two, and so on. Zeros fill up the last block
     of outputs, and the inputs to a multiple of 32.
     """
+    return _in_blocks(weight).contiguous()
+
+
+def _in_blocks(weight: Tensor) -> Tensor:
+    """`pack_weight`, not yet contiguous."""
     outs, ins = weight.shape
-    weight = pad(weight, (0, -ins % INS, 0, -outs % OUTS))
-    return weight.unflatten(1, (-1, 2)).unflatten(0, (-1, OUTS)).transpose(1, 2).contiguous()
+    if ins % INS or outs % OUTS:
+        weight = pad(weight, (0, -ins % INS, 0, -outs % OUTS))
+    return weight.unflatten(1, (-1, 2)).unflatten(0, (-1, OUTS)).transpose(1, 2)
 
 
 class PackedWeight:
@@ -64,7 +70,8 @@ class PackedWeight:
         """room: the tensor that the packed weight goes into."""
         self.sizes = [layer.out_features for layer in layers]
         biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-        self.weight = room.copy_(pack_weight(torch.cat([layer.weight.detach() for layer in layers])))
+        weights = [layer.weight.detach() for layer in layers]
+        self.weight = room.copy_(_in_blocks(weights[0] if len(weights) == 1 else torch.cat(weights)))
         self.bias = torch.cat(biases) if biases else None
         self._kept: tuple[Tensor | None, dict[int, Tensor]] = None, {}
 
