@@ -89,7 +89,7 @@ def main() -> None:
         table[rows, context] = measure(columns, rows, context, options)
         print(as_table({(rows, context): table[rows, context]}, directory, bandwidth), flush=True)
     prefill: Times = {name: [] for name in columns}
-    for _ in range(min(2, options.rounds)):
+    for _ in range(options.rounds):
         for name, column in columns.items():
             prefill[name].append(PREFILL["rows"] * PREFILL["length"] / column.run(**PREFILL)["prefill"])
     sections = {

@@ -51,9 +51,8 @@ class Ours:
         sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         requests = [Request(row, prompt, sampling) for row, prompt in enumerate(prompts)]
         begin = time.perf_counter()
-        compile = self.compile and new_tokens > 1
         decoder = Decoder.for_requests(
-            self.model, requests, batch_size=len(prompts), block_size=16, share_prefixes=False, compile=compile
+            self.model, requests, batch_size=len(prompts), block_size=16, share_prefixes=False, compile=self.compile
         )
         made = time.perf_counter() - begin
         begin = time.perf_counter()

@@ -181,7 +181,7 @@ def host_rebuilt(decoder: Decoder, prompts: list[list[int]], new_tokens: int, co
     """The host makes every step's inputs from its own lists."""
     state, device, block_size = decoder.batch.state, decoder.model.device, decoder.block_size
     on_gpu, waiting = device.type == "cuda", Waiting()
-    step = SampledStep(decoder.model, decoder.cache, state, decoder.batch.sampler, decoder.batch.step.kernel)
+    step = SampledStep(decoder.forward, state, decoder.batch.sampler)
     ways = CapturedSteps(step, compile) if on_gpu else EagerSteps(step)
 
     def on_device(values: Any, dtype: torch.dtype) -> torch.Tensor:

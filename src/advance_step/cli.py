@@ -60,13 +60,14 @@ def generate(
     device: Annotated[str, typer.Option(help="Where to decode: cpu, cuda, cuda:1.", rich_help_panel=MODEL)] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MODEL)] = "bfloat16",
     compile: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--compile",
-            help="Compile the decode step: about a minute the first time, seconds from then on.",
+            "--compile/--no-compile",
+            help="Compile the model: about a minute the first time, ten seconds from then on.",
+            show_default="on a CPU, for a job of 5,000 steps or more",
             rich_help_panel=MODEL,
         ),
-    ] = False,
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not put prompts into the model's chat template.", rich_help_panel=TEXT)
     ] = False,

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from advance_step.decode import attention, cpu_attention
-from advance_step.decode.attention import SDPA_MAX_KEYS, DecodeStep, Prefill, paged_attention
+from advance_step.decode import cpu_attention, torch_attention
+from advance_step.decode.attention import paged_attention
 from advance_step.decode.cache import LayerLayout, PagedKVCache
+from advance_step.decode.passes import CorePass, DecodeStep, Prefill
+from advance_step.decode.torch_attention import SDPA_MAX_KEYS
 
 HEADS, KV_HEADS, BLOCK_SIZE, SCALING = 6, 2, 4, 0.3
 LAYER = types.SimpleNamespace(layer_idx=0)
@@ -78,7 +80,7 @@ def stored(cache: PagedKVCache, table: torch.Tensor) -> tuple[torch.Tensor, torc
 @pytest.mark.parametrize("rows", [3, 40])  # SDPA on the CPU; batched matmuls
 @pytest.mark.parametrize("tokens", [None, 3])  # one token a row; several, as when drafts are verified
 @kinds
-def test_decode_step(monkeypatch, native, rows, tokens, window, softcap, sinks, key_dim, value_dim):
+def test_decode_step(native, rows, tokens, window, softcap, sinks, key_dim, value_dim):
     torch.manual_seed(0)
     pages, count = 5, tokens or 1
     assert (rows * pages * BLOCK_SIZE > SDPA_MAX_KEYS) == (rows == 40)
@@ -89,16 +91,17 @@ def test_decode_step(monkeypatch, native, rows, tokens, window, softcap, sinks, 
     query = torch.randn(rows, HEADS, count, key_dim)
     key, value = torch.randn(rows, KV_HEADS, count, key_dim), torch.randn(rows, KV_HEADS, count, value_dim)
     s_aux = torch.randn(HEADS) if sinks else None
-    at = positions if tokens else positions[:, 0]
-    if not native:
-        monkeypatch.setattr(cpu_attention, "serves", lambda device, dtype: False)
-    step = DecodeStep(cache, slots, tables, at, positions[:, -1] + 1, None)
-    assert step.native == native
-    out, weights = paged_attention(
-        LAYER, query, key, value, None, paged=step, scaling=SCALING, softcap=softcap, s_aux=s_aux
-    )
+    given = [query, key, value]
+    if native:
+        step: Any = CorePass(cache, slots, positions.flatten(), tables, torch.arange(rows + 1) * count)
+        given = [tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in given]  # packed
+    else:
+        step = DecodeStep(cache, slots, tables, positions if tokens else positions[:, 0], positions[:, -1] + 1, None)
+    out, weights = paged_attention(LAYER, *given, None, paged=step, scaling=SCALING, softcap=softcap, s_aux=s_aux)
 
-    assert out.shape == (rows, count, HEADS, value_dim) and out.is_contiguous() and weights is None
+    assert out.shape == ((1, rows * count) if native else (rows, count)) + (HEADS, value_dim)
+    assert out.is_contiguous() and weights is None
+    out = out.view(rows, count, HEADS, value_dim)
     assert step.calls == 1
     for row in range(rows):
         keys, values = stored(cache, tables[row])
@@ -109,13 +112,15 @@ def test_decode_step(monkeypatch, native, rows, tokens, window, softcap, sinks, 
             torch.testing.assert_close(out[row, token].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_core), False])
 @pytest.mark.parametrize("contexts", [[0, 0, 0], [6, 0, 9]])  # whole prompts; what comes after earlier chunks
+@pytest.mark.parametrize("longest", [7, 27])  # of which the core takes the first itself
 @pytest.mark.parametrize("block", [3, 256])  # of queries
 @kinds
-def test_prefill(monkeypatch, contexts, block, window, softcap, sinks, key_dim, value_dim):
+def test_prefill(monkeypatch, native, contexts, longest, block, window, softcap, sinks, key_dim, value_dim):
     torch.manual_seed(0)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-    lengths, pages = [7, 1, 4], 5
+    monkeypatch.setattr(torch_attention, "QUERY_BLOCK", block)
+    lengths, pages = [longest, 1, 4], 9
     cache = cache_of(3 * pages, LayerLayout(KV_HEADS, key_dim, value_dim, window))
     tables = torch.randperm(3 * pages, dtype=torch.int32).view(3, pages)
     spans = [torch.arange(context, context + n) for context, n in zip(contexts, lengths, strict=True)]
@@ -123,7 +128,11 @@ def test_prefill(monkeypatch, contexts, block, window, softcap, sinks, key_dim, 
     query = torch.randn(1, HEADS, sum(lengths), key_dim)
     key, value = torch.randn(1, KV_HEADS, sum(lengths), key_dim), torch.randn(1, KV_HEADS, sum(lengths), value_dim)
     s_aux = torch.randn(HEADS) if sinks else None
-    prefill = Prefill(cache, cache.write_index(slots), lengths, contexts, tables)
+    if native:
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        prefill: Any = CorePass(cache, slots, torch.cat(spans), tables, starts)
+    else:
+        prefill = Prefill(cache, slots, lengths, contexts, tables)
     out, _ = paged_attention(
         LAYER, query, key, value, None, paged=prefill, scaling=SCALING, softcap=softcap, s_aux=s_aux
     )
@@ -152,24 +161,31 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_core), False])
 @pytest.mark.parametrize("window, softcap, sinks", [(64, None, False), (64, 2.0, False), (None, 2.0, True)])
-def test_a_long_prompt_takes_no_mask_or_scores_of_its_length_squared(window, softcap, sinks):
+def test_a_long_prompt_takes_no_mask_or_scores_of_its_length_squared(native, window, softcap, sinks):
     length = 2048
     cache = PagedKVCache.allocate([LayerLayout(1, 4, 4, window)], 1, length, torch.float32, torch.device("cpu"))
     query, key = torch.randn(1, 2, length, 4), torch.randn(1, 1, length, 4)
-    prefill = Prefill(cache, cache.write_index(torch.arange(length)), [length], [0], torch.zeros(1, 1).int())
+    tables, slots = torch.zeros(1, 1).int(), torch.arange(length)
+    if native:
+        prefill: Any = CorePass(cache, slots, slots, tables, torch.tensor([0, length]))
+    else:
+        prefill = Prefill(cache, slots, [length], [0], tables)
     s_aux = torch.zeros(2) if sinks else None
     with Largest() as largest:
         paged_attention(LAYER, query, key, key, None, paged=prefill, scaling=1.0, softcap=softcap, s_aux=s_aux)
-    keys = length if window is None else attention.QUERY_BLOCK + window
-    assert length * 8 <= largest.elements <= 2 * attention.QUERY_BLOCK * (keys + 1)  # scores of two heads, and a sink
+    keys = length if window is None else torch_attention.QUERY_BLOCK + window
+    assert (
+        length * 8 <= largest.elements <= 2 * torch_attention.QUERY_BLOCK * (keys + 1)
+    )  # scores of two heads, and a sink
 
 
 @pytest.mark.parametrize("name", ["position_bias", "attention_mask"])
 def test_what_is_not_supported_is_refused(name):
     cache = PagedKVCache.allocate([LayerLayout(2, 8, 8)], 1, BLOCK_SIZE, torch.float32, torch.device("cpu"))
     query, key = torch.zeros(1, HEADS, 1, 8), torch.ones(1, KV_HEADS, 1, 8)
-    prefill = Prefill(cache, cache.write_index(torch.tensor([0])), [1], [0], torch.tensor([[0]]))
+    prefill = Prefill(cache, torch.tensor([0]), [1], [0], torch.tensor([[0]]))
     options = {"attention_mask": None, "paged": prefill, "scaling": 1.0}
     with pytest.raises(ValueError, match=f"{name}: expected None, got a tensor"):
         paged_attention(LAYER, query, key, key, **options | {name: torch.zeros(1)})
@@ -179,5 +195,5 @@ def test_what_is_not_supported_is_refused(name):
 
 
 def test_a_call_without_metadata_is_refused():
-    with pytest.raises(ValueError, match="paged: expected Prefill or DecodeStep, got None"):
+    with pytest.raises(ValueError, match="paged: expected a pass, got None"):
         paged_attention(LAYER, *[torch.zeros(1, HEADS, 1, 8)] * 3, None, scaling=1.0)

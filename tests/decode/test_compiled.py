@@ -20,12 +20,16 @@ needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no compiler
 @needs_core
 @needs_compiler
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mistral"])
-@pytest.mark.parametrize("batch_size", [1, 4])  # compiled for one row; for any number
-def test_compiled_texts_are_the_same(prompts, family, batch_size):
-    """While rows come and go; in float32, token for token."""
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 1}, {"steps_per_sync": 3}, {"max_num_batched_tokens": 7}, {"draft_tokens": 3}],
+    ids=str,
+)
+def test_compiled_texts_are_the_same(prompts, family, options):
+    """While rows come and go, and prompts whole or in pieces; in float32, token for token."""
     model = tiny_model(family)
     expected = run(decoder_for(model), requests_for(prompts, 20))
-    assert run(decoder_for(model, batch_size=batch_size, compile=True), requests_for(prompts, 20)) == expected
+    assert run(decoder_for(model, compile=True, **options), requests_for(prompts, 20)) == expected
 
 
 @needs_core

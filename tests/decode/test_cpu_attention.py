@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_attention import needs_core, written_out
 
-from advance_step.decode.cpu_attention import DTYPES
+from advance_step.decode.cpu_attention import DTYPES, attend
 
 pytestmark = needs_core
 
@@ -45,15 +47,32 @@ class Call:
         self.positions = last - tokens + 1 + torch.arange(tokens)
         page = self.block_tables.long().gather(1, self.positions // block_size)
         self.slot_mapping = page * block_size + self.positions % block_size
-        # As transformers hands them over: [rows, tokens, heads, dim], transposed.
-        self.query = torch.randn(rows, tokens, heads, key_dim).to(dtype).transpose(1, 2)
-        self.key = torch.randn(rows, tokens, kv_heads, key_dim).to(dtype).transpose(1, 2)
-        self.value = torch.randn(rows, tokens, kv_heads, value_dim).to(dtype).transpose(1, 2)
+        self.query = torch.randn(rows, heads, tokens, key_dim).to(dtype)
+        self.key = torch.randn(rows, kv_heads, tokens, key_dim).to(dtype)
+        self.value = torch.randn(rows, kv_heads, tokens, value_dim).to(dtype)
         self.scaling, self.window, self.softcap = 0.3, window, softcap
         self.sinks = torch.randn(heads).to(dtype) if sinks else None
 
+    def arguments(self) -> dict[str, Any]:
+        """What the operator is given."""
+        # As transformers hands them over: [1, tokens, heads, dim], transposed.
+        packed = {name: getattr(self, name).transpose(1, 2).flatten(0, 1)[None] for name in ("query", "key", "value")}
+        return {
+            **{name: tensor.contiguous().transpose(1, 2) for name, tensor in packed.items()},
+            "pages": self.pages,
+            "slot_mapping": self.slot_mapping.flatten(),
+            "positions": self.positions.flatten(),
+            "block_tables": self.block_tables,
+            "starts": torch.arange(len(self.query) + 1) * self.tokens,
+            "scaling": self.scaling,
+            "window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+        }
+
     def __call__(self) -> torch.Tensor:
-        return torch.ops.advance_step_decode.paged_attention(*vars_of(self))
+        """[rows, tokens, heads, value_dim]."""
+        return attend(**self.arguments()).view(len(self.query), self.tokens, -1, self.value_dim)
 
     def expected(self) -> torch.Tensor:
         """In float64, from the pages as they are after the call."""
@@ -68,13 +87,6 @@ class Call:
                     self.window or None, self.softcap or None, self.sinks,
                 )  # fmt: skip
         return out
-
-
-def vars_of(call: Call) -> tuple[object, ...]:
-    return (
-        call.query, call.key, call.value, call.pages, call.slot_mapping, call.block_tables, call.positions,
-        call.scaling, call.window, call.softcap, call.sinks,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -217,15 +229,22 @@ def test_nothing_is_read_or_written_outside(name, value, message):
     [
         ("query", lambda t: t.double(), "query, key, value: expected"),
         ("query", lambda t: t[0], "query, key, value: expected"),
+        ("query", lambda t: t.expand(2, -1, -1, -1), "query, key, value: expected"),
         ("key", lambda t: t.transpose(2, 3), "query, key, value: expected"),
         ("key", lambda t: t[:, :1], "key, value: expected"),
-        ("value", lambda t: t[:2], "key, value: expected"),
+        ("value", lambda t: t[:, :, :2], "key, value: expected"),
         ("pages", lambda t: t.transpose(2, 3), "pages: expected .* contiguous"),
         ("pages", lambda t: t[..., :63].contiguous(), "pages: expected a page, heads that divide"),
         ("pages", lambda t: t[:0], "pages: expected a page, heads that divide"),
         ("slot_mapping", lambda t: t.int(), "slot_mapping, positions: expected int64"),
-        ("positions", lambda t: t[:, :0], "slot_mapping, positions: expected int64"),
-        ("block_tables", lambda t: t[:2], "block_tables: expected int32 or int64"),
+        ("positions", lambda t: t[:0], "slot_mapping, positions: expected int64"),
+        ("block_tables", lambda t: t[:2], r"starts: expected int64 \[rows \+ 1\]"),
+        ("starts", lambda t: t.int(), r"starts: expected int64 \[rows \+ 1\]"),
+        ("starts", lambda t: t + 1, "starts: expected 0, rising, up to"),
+        ("starts", lambda t: t - 1, "starts: expected 0, rising, up to"),
+        ("starts", lambda t: t * 2, "starts: expected 0, rising, up to"),
+        ("starts", lambda t: torch.tensor([0, 2, 1, 3]), "starts: expected 0, rising, up to"),
+        ("starts", lambda t: torch.tensor([0, 1, 1, 3]), "starts: expected 0, rising, up to"),
         ("block_tables", lambda t: t[:, :0], "block_tables: expected int32 or int64"),
         ("block_tables", lambda t: t.short(), "block_tables: expected int32 or int64"),
         ("sinks", lambda t: torch.zeros(5), r"sinks: expected \[heads\]"),
@@ -233,12 +252,12 @@ def test_nothing_is_read_or_written_outside(name, value, message):
     ],
 )
 def test_bad_arguments_are_refused(name, change, message):
-    call = Call()
-    before = call.pages.clone()
-    setattr(call, name, change(getattr(call, name)))
+    arguments = Call().arguments()
+    before = arguments["pages"].clone()
+    arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=message):
-        call()
-    assert name == "pages" or torch.equal(call.pages, before)
+        attend(**arguments)
+    assert name == "pages" or torch.equal(arguments["pages"], before)
 
 
 def test_other_dtypes_are_refused():
@@ -247,4 +266,45 @@ def test_other_dtypes_are_refused():
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.advance_step_decode.paged_attention.default, vars_of(Call(tokens=2, sinks=True)))
+    torch.library.opcheck(attend, tuple(Call(tokens=2, sinks=True).arguments().values()))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("shape", [{}, {"window": 21}, {"softcap": 2.0, "sinks": True}], ids=str)
+def test_rows_of_different_numbers_of_tokens(dtype, shape):
+    """Few tokens and whole prompts, alone and together; each row as by itself."""
+    counts = [1, 1, 3, 40, 17, 2]
+    call = Call(rows=len(counts), tokens=40, columns=5, dtype=dtype, **shape)
+    whole, kept = call.arguments(), call.pages.clone()
+    chosen = torch.cat([40 * row + torch.arange(count) for row, count in enumerate(counts)])
+    for name, dimension in {"query": 2, "key": 2, "value": 2, "slot_mapping": 0, "positions": 0}.items():
+        whole[name] = whole[name].index_select(dimension, chosen)
+    whole["starts"] = torch.tensor([0, *counts]).cumsum(0)
+    out = attend(**whole)
+    assert out.shape == (1, len(chosen), 6, 64)
+    written = call.pages.clone()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    expected = call.expected()  # from the pages as they are now
+    torch.testing.assert_close(out[0].double(), expected.flatten(0, 1)[chosen], rtol=tolerance, atol=tolerance)
+    call.pages.copy_(kept)
+    begin = 0
+    for row, count in enumerate(counts):  # each in a call of its own
+        own = dict(whole)
+        for name in ("query", "key", "value"):
+            own[name] = whole[name][:, :, begin : begin + count]
+        for name in ("slot_mapping", "positions"):
+            own[name] = whole[name][begin : begin + count]
+        own |= {"block_tables": whole["block_tables"][row : row + 1], "starts": torch.tensor([0, count])}
+        torch.testing.assert_close(attend(**own)[0], out[0, begin : begin + count], rtol=tolerance, atol=tolerance)
+        begin += count
+    assert torch.equal(call.pages, written)
+
+
+def test_many_tokens_that_do_not_follow_one_another():
+    """As the operator says it; no engine asks for it."""
+    call = Call(tokens=20, columns=4)
+    for row in range(3):
+        order = torch.randperm(64)[:20]
+        call.positions[row] = order
+        call.slot_mapping[row] = call.block_tables[row][order // 16] * 16 + order % 16
+    torch.testing.assert_close(call().double(), call.expected(), rtol=1e-5, atol=1e-5)

@@ -75,7 +75,8 @@ def test_rows_come_and_go(llama, prompts, batch_size, way, steps_per_sync):
     assert {request.finish_reason for request in requests} == {"length"}
 
 
-def test_steps_replayed_at_captured_sizes(llama, prompts):
+def test_steps_replayed_at_captured_sizes(llama, prompts, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "serves", lambda device, dtype: False)  # as on a GPU
     lengths = [7, 1, 20, 3, 9, 2, 12]
     decoder = decoder_for(llama, batch_size=5, steps_per_sync=4)
     steps = decoder.batch.steps = ReplayedSteps(decoder.batch.step, compile=False, min_tokens=32)
@@ -84,7 +85,8 @@ def test_steps_replayed_at_captured_sizes(llama, prompts):
     assert {(5, 4), (1, 2)} <= set(steps.replayed) <= {(r, p) for r in (1, 2, 4, 5) for p in (2, 4)}
 
 
-def test_captured_sizes(llama):
+def test_captured_sizes(llama, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "serves", lambda device, dtype: False)  # as on a GPU
     assert doubling(1, 6) == [1, 2, 4, 6]
     assert doubling(8, 5) == [5]
     steps = CapturedSteps(decoder_for(llama, batch_size=8).batch.step, compile=False, min_tokens=32)
@@ -311,7 +313,7 @@ def test_a_step_is_device_work_only(family, kernel):
     """What a graph captures: the host reads nothing, and copies nothing to the device."""
     model = tiny_model(family).to(torch.bfloat16).to("meta")
     decoder = decoder_for(model, block_size=256, max_seq_len=600, stop_token_ids=[3], steps_per_sync=8)
-    decoder.batch.step.kernel = kernel
+    decoder.forward.kernel = kernel
     with paged(model), OnDevice(), torch.inference_mode():
         decoder.batch.step(4, 3)
         decoder.batch.step(2, 1)
@@ -331,8 +333,8 @@ def test_compiled_once_for_all_captured_sizes(llama, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     step = decoder_for(llama, batch_size=8, max_seq_len=128).batch.step
-    forward = torch.compile(step.logits, fullgraph=True, backend="aot_eager")
-    step.forward = lambda *inputs: forward(*mark_captured(list(inputs), gathered=True))
+    logits = torch.compile(step.logits, fullgraph=True, backend="aot_eager")
+    step.logits = lambda *inputs: logits(*mark_captured(list(inputs), gathered=True))
     with paged(llama), torch.inference_mode():
         for rows in (8, 4, 2, 1):
             for pages in (8, 4, 2):

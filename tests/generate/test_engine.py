@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
+
 import pytest
 import torch
 import transformers
 from tiny_models import tiny_model
 from torch._inductor import config, cpp_builder
 
+from advance_step.decode import cpu_attention
 from advance_step.decode.layouts import layouts_of
-from advance_step.generate.engine import check_compiler, make_decoder, page_bytes
+from advance_step.generate import engine
+from advance_step.generate.engine import check_compiler, make_decoder, page_bytes, worth_compiling
 from advance_step.generate.memory import free_memory, pages_for
 from advance_step.generate.settings import Settings
+
+needs_core = pytest.mark.skipif(not cpu_attention.serves(torch.device("cpu"), torch.float32), reason="no native core")
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no compiler")
 
 
 def test_pages_for_every_row_and_for_one_as_long_as_can_be():
@@ -57,6 +65,51 @@ def test_no_compiler():
             make_decoder(tiny_model("llama"), None, Settings(compile=True), None)
     cpp_builder.cpp_compiler_search.cache_clear()
     check_compiler()
+
+
+@needs_core
+@needs_compiler
+def test_what_is_worth_compiling():
+    """5,000 steps, should every text become as long as it may."""
+    model, sampling = tiny_model("llama"), {"max_new_tokens": 100, "seed": 0, "temperature": 1.0}
+    for batch_size, n, least in [(1, 1, 50), (8, 1, 400), (8, 2, 200), (64, 4, 800)]:
+        settings = Settings(batch_size=batch_size, sampling=sampling | {"n": n})
+        assert not worth_compiling(model, settings, least - 1) and worth_compiling(model, settings, least)
+        assert not worth_compiling(model, settings, None)  # nobody knows how many will come
+        assert not worth_compiling(copy.deepcopy(model).to("meta"), settings, least)
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        cpp_builder.cpp_compiler_search.cache_clear()
+        assert not worth_compiling(model, settings, least)
+    cpp_builder.cpp_compiler_search.cache_clear()
+
+
+@needs_core
+@needs_compiler
+@pytest.mark.parametrize(
+    "compile, most, compiled", [(None, 99, False), (None, 100, True), (False, 100, False), (True, 1, True)]
+)
+def test_what_pays_is_compiled_and_said(monkeypatch, compile, most, compiled):
+    monkeypatch.setattr(engine, "STEPS_WORTH_COMPILING", 100)
+    said = []
+    settings = Settings(compile=compile, batch_size=1, sampling={"max_new_tokens": 1, "seed": 0})
+    decoder = make_decoder(tiny_model("llama"), None, settings, most, said.append)
+    assert (decoder.forward.compiled is not None) == decoder.compiled == compiled
+    assert [line.split(":")[0] for line in said] == ["compiling the model"] * compiled
+
+
+@needs_core
+@needs_compiler
+def test_a_model_that_cannot_be_compiled(monkeypatch):
+    """It is decoded as it is, unless --compile was given."""
+    monkeypatch.setattr(engine, "STEPS_WORTH_COMPILING", 1)
+    model = tiny_model("llama")
+    model.model.norm.register_forward_hook(lambda module, args, out: out if out.isfinite().all() else None)
+    said = []
+    decoder = make_decoder(model, None, Settings(), 100, said.append)
+    assert decoder.forward.compiled is None and not decoder.compiled
+    assert said[1].startswith("not compiled, and slower: compile: LlamaForCausalLM cannot be compiled whole: ")
+    with pytest.raises(ValueError, match="compile: LlamaForCausalLM cannot be compiled whole: "):
+        make_decoder(model, None, Settings(compile=True), 100, said.append)
 
 
 def test_models_that_cannot_be_served_are_refused_by_name():

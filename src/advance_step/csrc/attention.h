@@ -1,4 +1,4 @@
-// Attention of a decode step over pages, on a CPU: the computation, free of torch.
+// Attention over pages, of rows that have as many new tokens, on a CPU: the computation, free of torch.
 //
 // A unit of work is one row and one head of keys: the queries that share them, of all the row's tokens, go over the
 // row's pages together, so that each key and each value is read once. The loops over keys and values are those of the
@@ -20,6 +20,8 @@ struct Heads {
   T* data;
   int64_t row, head, token;
   T* at(int64_t r, int64_t h, int64_t t) const { return data + r * row + h * head + t * token; }
+  // Rows of `tokens`, the first of which starts at `first`, of tokens that lie one after the other.
+  Heads from(int64_t first, int64_t tokens) const { return {data + first * token, tokens * token, head, token}; }
 };
 
 // Pages [pages, 2, kv_heads, block_size, dim], contiguous; 2: keys and values.
@@ -51,6 +53,23 @@ struct PagedAttention {
   int64_t window;          // tokens that a token sees, itself among them; 0: all before it
   const T* sinks;          // [heads], or null
   T* out;                  // [rows, tokens, heads, value_dim], contiguous
+
+  // The rows from `row` on, of `new_tokens` each, the first of which is at `first` of the new tokens of all rows; none
+  // of them yet.
+  PagedAttention from(int64_t row, int64_t first, int64_t new_tokens) const {
+    PagedAttention those = *this;
+    those.rows = 0;
+    those.tokens = new_tokens;
+    those.query = query.from(first, new_tokens);
+    those.key = key.from(first, new_tokens);
+    those.value = value.from(first, new_tokens);
+    those.slot_mapping += first;
+    those.positions += first;
+    const int64_t entry = wide_tables ? sizeof(int64_t) : sizeof(int32_t);
+    those.block_tables = static_cast<const char*>(block_tables) + row * row_stride * entry;
+    those.out += first * heads * value_dim;
+    return those;
+  }
 
   int64_t group() const { return heads / pages.kv_heads; }
   int64_t queries() const { return group() * tokens; }  // of a unit: head by head, a head's by token
@@ -102,17 +121,27 @@ struct PagedAttention {
     return nullptr;
   }
 
-  // Stores the new keys and values by slot; those of a negative slot nowhere.
-  void write() const {
+  // Whether each row's tokens stand at positions that follow one another, and that its table has room for.
+  bool in_order() const {
     for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t slot = slot_mapping[row * tokens + t];
-        if (slot < 0) continue;
-        const int64_t page = slot / pages.block_size, offset = slot % pages.block_size;
-        for (int64_t head = 0; head < pages.kv_heads; ++head) {
-          put(pages.at(page, 0, head, offset), key.at(row, head, t), key_dim);
-          put(pages.at(page, 1, head, offset), value.at(row, head, t), value_dim);
-        }
+      const int64_t* const of_row = positions + row * tokens;
+      if (of_row[0] + tokens > columns * pages.block_size) return false;
+      for (int64_t t = 1; t < tokens; ++t) {
+        if (of_row[t] != of_row[0] + t) return false;
+      }
+    }
+    return true;
+  }
+
+  // Stores the new keys and values by slot, of the tokens [begin, end) of rows * tokens; of a negative slot nowhere.
+  void write(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t slot = slot_mapping[i];
+      if (slot < 0) continue;
+      const int64_t page = slot / pages.block_size, offset = slot % pages.block_size;
+      for (int64_t head = 0; head < pages.kv_heads; ++head) {
+        put(pages.at(page, 0, head, offset), key.at(i / tokens, head, i % tokens), key_dim);
+        put(pages.at(page, 1, head, offset), value.at(i / tokens, head, i % tokens), value_dim);
       }
     }
   }

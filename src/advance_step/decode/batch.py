@@ -1,17 +1,15 @@
 """The live rows on the device, one token a step: what the loop admits to, grows, decodes and removes from."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from advance_step import DecodeState
-from advance_step.decode.cache import PagedKVCache
-from advance_step.decode.paged_kernels import PagedKernel
+from advance_step.decode.forward import Forward
 from advance_step.decode.sampling import Mode, Sampler, TokenLogprobs
 from advance_step.decode.scheduler import Row
-from advance_step.decode.steps import CapturedSteps, CompiledSteps, EagerSteps, Step, Steps
+from advance_step.decode.steps import CapturedSteps, EagerSteps, Step, Steps
 
 NO_TOKEN = -1  # among stop_token_ids: matches none
 
@@ -24,35 +22,30 @@ class Batch:
 
     def __init__(
         self,
-        model: Any,
-        cache: PagedKVCache,
+        forward: Forward,
         sampler: Sampler,
         *,
         batch_size: int,
         max_seq_len: int,
         steps_per_sync: int,
         num_stop_tokens: int,
-        kernel: PagedKernel | None,
         capture: bool,
         compile: bool,
     ) -> None:
+        block_size = forward.cache.block_size
         # A page more than is ever read: a view of all columns is contiguous, which would recompile the step.
         self.state = DecodeState.allocate(
             batch_size,
-            max_seq_len + cache.block_size,
-            cache.block_size,
+            max_seq_len + block_size,
+            block_size,
             steps_per_sync=steps_per_sync,
             stop_token_ids=[NO_TOKEN] * num_stop_tokens,
-            pad_page=cache.spare_page,
-            device=model.device,
+            pad_page=forward.cache.spare_page,
+            device=forward.cache.device,
         )
         self.sampler = sampler
-        self.step = Step(model, cache, self.state, self.sampler, kernel)
-        self.steps: Steps
-        if capture:
-            self.steps = CapturedSteps(self.step, compile)
-        else:
-            self.steps = CompiledSteps(self.step) if compile else EagerSteps(self.step)
+        self.step = Step(forward, self.state, self.sampler)
+        self.steps: Steps = CapturedSteps(self.step, compile) if capture else EagerSteps(self.step)
         self._stops: list[frozenset[int]] = []  # of each live row
         self._common: frozenset[int] = frozenset()
 

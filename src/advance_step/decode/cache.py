@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from advance_step.decode import cpu_attention, huge_pages
+from advance_step.decode import huge_pages
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class PagedKVCache:
         return self.layers[0].shape[3]
 
     @property
-    def is_native(self) -> bool:
-        """Whether the native core attends over these pages in decode steps."""
-        return cpu_attention.serves(self.layers[0].device, self.layers[0].dtype)
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.layers[0].device
 
     def write_index(self, slots: Tensor) -> dict[int, Tensor]:
         """Where the tokens of `slots` int64 [tokens] lie in a layer seen as rows of dim, by the layer's kv_heads.
@@ -129,3 +129,16 @@ class PagedKVCache:
         pages = source.index_select(0, index[layout.kv_heads])
         keys, values = pages.view(2, rows, layout.kv_heads, -1, layout.dim).unbind(0)
         return keys[..., : layout.key_dim], values[..., : layout.value_dim]
+
+
+def read_row(pages: Tensor, block_table: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a row's tokens from the start of `first`'s page to `end`, each [1, kv_heads, tokens, dim].
+
+    pages: [pages, 2, kv_heads, block_size, dim]; block_table: [columns].
+    """
+    block_size = pages.shape[3]
+    begin = first // block_size
+    column = block_table[begin : -(-end // block_size)]
+    own = pages[torch.where(column < 0, len(pages) - 1, column)]  # [columns, 2, kv_heads, block_size, dim]
+    keys, values = own.permute(1, 2, 0, 3, 4).flatten(2, 3)[None, :, :, : end - begin * block_size].unbind(1)
+    return keys, values

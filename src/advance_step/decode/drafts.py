@@ -10,15 +10,13 @@ draw from the others. So greedy and sampled texts are the same with proposals an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from advance_step import PAD_SLOT, npu_advance_step_flashattn
-from advance_step.decode.attention import DecodeStep
 from advance_step.decode.batch import admit_to
-from advance_step.decode.cache import PagedKVCache
+from advance_step.decode.forward import Forward
 from advance_step.decode.request import Figures
 from advance_step.decode.sampling import Sampler, TokenLogprobs
 from advance_step.decode.scheduler import Row
@@ -63,8 +61,7 @@ class DraftBatch:
 
     def __init__(
         self,
-        model: Any,
-        cache: PagedKVCache,
+        forward: Forward,
         sampler: Sampler,
         *,
         batch_size: int,
@@ -72,13 +69,12 @@ class DraftBatch:
         draft_tokens: int,
         figures: Figures,
     ) -> None:
-        width, device = 1 + draft_tokens, model.device
+        width, device = 1 + draft_tokens, forward.cache.device
 
         def full(value: int, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int64, device=device)
 
-        self.model = model
-        self.cache = cache
+        self.forward = forward
         self.sampler = sampler
         self.figures = figures
         self.draft_tokens = draft_tokens
@@ -87,7 +83,8 @@ class DraftBatch:
         self.seq_lens = full(1, batch_size, width)
         self.slot_mapping = full(PAD_SLOT, batch_size, width)
         # A row that is finished, and not yet taken out, may stand so far past its end.
-        self.block_tables = full(NO_PAGE_ID, batch_size, -(-(max_seq_len + 2 * width) // cache.block_size))
+        columns = -(-(max_seq_len + 2 * width) // forward.cache.block_size)
+        self.block_tables = full(NO_PAGE_ID, batch_size, columns)
         self.lookups: list[PromptLookup] = []  # of each live row
         self.num_pages: list[int] = []
         self.proposed: list[int] = []  # of each live row, how many of its draft tokens mean something
@@ -133,18 +130,13 @@ class DraftBatch:
     def decode(self, pages: int, ahead: int) -> list[list[int]]:
         """One step, of whose tables `pages` columns are in use; returns each row's new tokens, one at least."""
         rows, width = self.num_rows, 1 + max(self.proposed)
-        positions = self.input_positions[:rows, :width]
-        step = DecodeStep(
-            self.cache,
+        logits = self.forward.step(
+            self.input_tokens[:rows, :width],
+            self.input_positions[:rows, :width],
             self.slot_mapping[:rows, :width],
-            self.block_tables[:rows, :pages],
-            positions,
             self.seq_lens[:rows, :width],
-            None,
-        )
-        logits = self.model(
-            input_ids=self.input_tokens[:rows, :width], position_ids=positions, use_cache=False, paged=step
-        ).logits  # [rows, width, vocabulary]
+            self.block_tables[:rows, :pages].int(),  # the operator wants them in int64
+        )  # [rows, width, vocabulary]
         self.figures.draft_tokens += sum(self.proposed)
         tokens = self._verify(slice(rows), logits)
         self.figures.accepted_tokens += sum(len(new) - 1 for new in tokens)
@@ -181,7 +173,7 @@ class DraftBatch:
             self.block_tables[rows],
             len(tokens),
             len(tokens),
-            self.cache.block_size,
+            self.forward.cache.block_size,
             spec_token=torch.tensor(spec, device=inputs.device),
             accepted_num=accepted,
         )

@@ -19,6 +19,7 @@ from advance_step.decode.batch import Batch
 from advance_step.decode.cache import LayerLayout, PagedKVCache
 from advance_step.decode.collect import Collector
 from advance_step.decode.drafts import DraftBatch
+from advance_step.decode.forward import CoreForward, forward_of
 from advance_step.decode.model_check import check_model
 from advance_step.decode.pages import PagePool
 from advance_step.decode.prefill import prefill
@@ -50,8 +51,8 @@ class Decoder:
     share_prefixes: compute full pages that prompts have in common once.
     draft_tokens: that many proposals for the next tokens, looked up in the row's own text, are verified in each step.
         The tokens are the same without; steps_per_sync must then be 1.
-    compile: compile the model's part of the step: now, on a CPU (torch keeps what its compiler makes on disk, for the
-        next time), or when it is captured.
+    compile: compile the model, for steps and prompts: now, on a CPU (torch keeps what its compiler makes on disk, for
+        the next time); on a GPU the step alone, when it is captured.
     layouts: what `check_model(model)` returned; None: the model is checked now.
 
     Raises ValueError for a model that cannot be decoded so (`check_model`), and for settings that are out of range.
@@ -86,8 +87,8 @@ class Decoder:
         ]:
             if value < least:
                 raise ValueError(f"{name}: expected {name} >= {least}, got {value}")
-        if draft_tokens and (steps_per_sync > 1 or compile):
-            raise ValueError("draft_tokens: expected 0 with steps_per_sync > 1 or compile: drafts are made by the host")
+        if draft_tokens and steps_per_sync > 1:
+            raise ValueError("draft_tokens: expected 0 with steps_per_sync > 1: drafts are made by the host")
         if layouts is None:
             layouts = check_model(model)
         self.model = model
@@ -99,16 +100,23 @@ class Decoder:
         self.share_prefixes = share_prefixes
         self.steps_per_sync = steps_per_sync
         self.draft_tokens = draft_tokens
+        self.compiled = compile
         self.collector = Collector(stop_token_ids, tokenizer)
         self.pool = PagePool(range(num_pages))
         self.cache = PagedKVCache.allocate(layouts, num_pages, block_size, model.dtype, model.device)
         self.figures = Figures()
         self.scheduler: Scheduler | None = None
-        kernel = paged_kernels.find(model, layouts, block_size)
-        native = "the native core" if self.cache.is_native else "torch over gathered pages"
-        self.attention = kernel.name if kernel else native
+        self.forward = forward_of(model, self.cache, paged_kernels.find(model, layouts, block_size))
+        self.attention = self.forward.attention
         # A check of values waits for the device, so that its step cannot be captured.
         self.captured = model.device.type == "cuda" and not CHECK_VALUES and not draft_tokens
+        if compile and not self.captured:
+            if not isinstance(self.forward, CoreForward):
+                raise ValueError(
+                    "compile: expected the native core's attention on a CPU, got none: advance_step.backend_info()"
+                )
+            with self.attending:
+                self.forward.compile()
         sampler = Sampler.allocate(
             batch_size,
             model.config.get_text_config().vocab_size,
@@ -119,8 +127,7 @@ class Decoder:
         )
         if draft_tokens:
             self.batch: Batch | DraftBatch = DraftBatch(
-                model,
-                self.cache,
+                self.forward,
                 sampler,
                 batch_size=batch_size,
                 max_seq_len=max_seq_len,
@@ -128,19 +135,16 @@ class Decoder:
                 figures=self.figures,
             )
         else:
-            with self.attending:  # as it is compiled
-                self.batch = Batch(
-                    model,
-                    self.cache,
-                    sampler,
-                    batch_size=batch_size,
-                    max_seq_len=max_seq_len,
-                    steps_per_sync=steps_per_sync,
-                    num_stop_tokens=max(8, len(self.collector.stop_token_ids)),
-                    kernel=kernel,
-                    capture=self.captured,
-                    compile=compile,
-                )
+            self.batch = Batch(
+                self.forward,
+                sampler,
+                batch_size=batch_size,
+                max_seq_len=max_seq_len,
+                steps_per_sync=steps_per_sync,
+                num_stop_tokens=max(8, len(self.collector.stop_token_ids)),
+                capture=self.captured,
+                compile=compile,
+            )
 
     @classmethod
     def for_requests(
@@ -264,7 +268,7 @@ class Decoder:
     def _prefill(self, scheduler: Scheduler, chunks: list[Chunk]) -> list[Request]:
         """A pass over pieces of prompts; rows of which it was the last become live, with their first tokens."""
         begin = time.perf_counter()
-        logits = prefill(self.model, self.cache, chunks)
+        logits = prefill(self.forward, chunks)
         first = self.batch.num_rows
         rows = scheduler.rows[first:]
         stops = [self.collector.stops(row.request) for row in rows]

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from advance_step.decode.attention import DecodeStep, Prefill, paged
+from advance_step.decode.attention import paged
 from advance_step.decode.cache import LayerLayout, PagedKVCache
+from advance_step.decode.forward import forward_of
 from advance_step.decode.layouts import AttendingBy, layouts_of
 
 # Layer types of transformers' configs that are attention over keys and values, with nothing else kept between steps.
@@ -145,6 +146,7 @@ def _over_pages(model: Any, layouts: list[LayerLayout], tokens: Tensor) -> list[
     columns = -(-tokens.shape[1] // BLOCK_SIZE)
     tables = torch.arange(rows * columns, dtype=torch.int32, device=device).view(columns, rows).T  # scattered pages
     cache = PagedKVCache.allocate(layouts, rows * columns, BLOCK_SIZE, model.dtype, device)
+    forward = forward_of(model, cache)
 
     def slots(row: Tensor, position: Tensor) -> Tensor:
         return tables[row, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE
@@ -155,24 +157,15 @@ def _over_pages(model: Any, layouts: list[LayerLayout], tokens: Tensor) -> list[
         lengths = [length[chunk] for length in LENGTHS]
         spans = [(row, at + i) for row, (at, n) in enumerate(zip(contexts, lengths, strict=True)) for i in range(n)]
         row, position = torch.tensor(spans, device=device).T
-        prefill = Prefill(cache, cache.write_index(slots(row, position)), lengths, contexts, tables)
         keep = torch.arange(1, len(spans), device=device)  # all but one: seen whether the model heeds what to keep
-        logits = model(
-            input_ids=tokens[row, position][None],
-            position_ids=position[None],
-            use_cache=False,
-            logits_to_keep=keep,
-            paged=prefill,
-        ).logits
-        passes.append((f"prompts, chunk {chunk + 1}", row[1:], position[1:], logits[0]))
+        logits = forward.prompts(tokens[row, position], position, slots(row, position), tables, lengths, contexts, keep)
+        passes.append((f"prompts, chunk {chunk + 1}", row[1:], position[1:], logits))
         contexts = [at + n for at, n in zip(contexts, lengths, strict=True)]
     for count in STEPS:
         row = torch.arange(rows, device=device)[:, None].expand(rows, count)
         position = torch.tensor(contexts, device=device)[:, None] + torch.arange(count, device=device)
         seq_lens = (position[:, -1] + 1).int()
-        at = position[:, 0] if count == 1 else position
-        step = DecodeStep(cache, slots(row, position), tables, at, seq_lens, None)
-        logits = model(input_ids=tokens[row, position], position_ids=position, use_cache=False, paged=step).logits
+        logits = forward.step(tokens[row, position], position, slots(row, position), seq_lens, tables)
         passes.append((f"a step of {count} tokens", row.flatten(), position.flatten(), logits.flatten(0, 1)))
         contexts = [at + count for at in contexts]
     return passes

@@ -106,7 +106,7 @@ class Run:
     def _decode(self, model: Any, tokenizer: Any, records: Iterator[Prompt | BadLine | None]) -> None:
         """Decode the records and hand out each result: a text as it grows if it is the only one and for the screen."""
         maker = RequestMaker(model, tokenizer, self.settings)
-        decoder = make_decoder(model, tokenizer, self.settings, self.source.total)
+        decoder = make_decoder(model, tokenizer, self.settings, self.source.total, screen.say)
         for line in opening(model, decoder, self.settings):
             screen.say(line)
         if self.report:

@@ -19,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Settings:
     """Each field is the option of `advance-step generate` of that name.
 
+    compile: None: where it pays (`engine.worth_compiling`).
     json_schema: the schema itself.
     sampling: the fields of SamplingParams that are options, as far as they were given; max_new_tokens and seed always.
     Raises ValueError for a dtype that is none, and for sampling that is out of range.
@@ -35,7 +36,7 @@ class Settings:
     steps_per_sync: int | None = None
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     draft_tokens: int = 0
-    compile: bool = False
+    compile: bool | None = None
     ordered: bool = False
     verify: int = 0
     json_schema: JsonSchema | None = None

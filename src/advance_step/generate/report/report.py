@@ -59,6 +59,7 @@ class Report:
             "--block-size": decoder.block_size,
             "--num-pages": decoder.pool.size,
             "--steps-per-sync": decoder.steps_per_sync,
+            "--compile": decoder.compiled,
             "Attention": decoder.attention,
         }
 
