@@ -76,6 +76,7 @@ def test_what_is_worth_compiling():
         settings = Settings(batch_size=batch_size, sampling=sampling | {"n": n})
         assert not worth_compiling(model, settings, least - 1) and worth_compiling(model, settings, least)
         assert not worth_compiling(model, settings, None)  # nobody knows how many will come
+        assert not worth_compiling(model, settings, 0)
         assert not worth_compiling(copy.deepcopy(model).to("meta"), settings, least)
     with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
         cpp_builder.cpp_compiler_search.cache_clear()

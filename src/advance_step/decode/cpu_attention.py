@@ -20,7 +20,8 @@ position past the table sees the last of what the table has. Sums are in float32
 contiguous. ValueError, before anything is written, for slots and pages that there are not, and negative positions.
 
 The core hands rows of many tokens back to `attend_by_products`: prompts, for which matrix products of torch are faster.
-Steps and prompts are one operator so that a compiled model serves both.
+(There, the keys and values of a row that begins at position 0 are those that are given, whatever their slots.) Steps
+and prompts are one operator so that a compiled model serves both.
 """
 
 import torch

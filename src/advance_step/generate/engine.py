@@ -93,7 +93,7 @@ def worth_compiling(model: Any, settings: Settings, most: int | None) -> bool:
     become as long as it may. The number of prompts decides, and not how many are left, so that a job that goes on
     decodes as it began.
     """
-    if most is None or not cpu_attention.serves(model.device, model.dtype):
+    if not most or not cpu_attention.serves(model.device, model.dtype):
         return False
     texts = most * settings.sampling.get("n", 1)
     if texts * settings.sampling["max_new_tokens"] < STEPS_WORTH_COMPILING * min(settings.batch_size, texts):
