@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import shutil
 
 import pytest
 import torch
 import transformers
+from test_attention import needs_core
+from test_compiled import needs_compiler
 from tiny_models import tiny_model
 from torch._inductor import config, cpp_builder
 
-from advance_step.decode import cpu_attention
 from advance_step.decode.layouts import layouts_of
 from advance_step.generate import engine
 from advance_step.generate.engine import check_compiler, make_decoder, page_bytes, worth_compiling
 from advance_step.generate.memory import free_memory, pages_for
 from advance_step.generate.settings import Settings
-
-needs_core = pytest.mark.skipif(not cpu_attention.serves(torch.device("cpu"), torch.float32), reason="no native core")
-needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="no compiler")
 
 
 def test_pages_for_every_row_and_for_one_as_long_as_can_be():

@@ -27,7 +27,6 @@ and prompts are one operator so that a compiled model serves both.
 import torch
 from torch import Tensor
 
-from advance_step.decode.cache import read_row
 from advance_step.decode.torch_attention import Scoring, attend_prompts
 
 LIBRARY = torch.library.Library("advance_step_decode", "FRAGMENT")
@@ -67,14 +66,9 @@ def attend_by_products(
     out: Tensor,
 ) -> None:
     """`paged_attention` after its new keys and values are stored, of rows at positions that follow one another."""
-
-    def read(row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-        keys, values = read_row(pages, block_tables[row], first, end)
-        return keys[..., : key.shape[3]], values[..., : value.shape[3]]
-
     lengths, contexts = starts.diff().tolist(), positions[starts[:-1]].tolist()
     scoring = Scoring(scaling, window or None, softcap or None, sinks)
-    attend_prompts(query, key, value, lengths, contexts, read, scoring, out)
+    attend_prompts(query, key, value, pages, block_tables, lengths, contexts, scoring, out)
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:

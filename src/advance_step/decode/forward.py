@@ -1,8 +1,8 @@
 """The model over the paged cache, as a function of tensors: of the next tokens of rows, and of pieces of prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from advance_step.decode.passes import CorePass, DecodeStep, Prefill
 
 class CompileError(ValueError):
     """A model cannot be compiled; the message says why."""
+
+
+class Prompts(NamedTuple):
+    """Pieces of several rows' prompts, packed one after the other."""
+
+    tokens: Tensor  # [tokens]
+    positions: Tensor  # [tokens]
+    slots: Tensor  # [tokens]
+    tables: Tensor  # int32 [rows, pages]
+    lengths: list[int]  # of each row, the tokens of its piece
+    contexts: list[int]  # of each row, the tokens before them, which it has in its pages
+    keep: Tensor  # [kept]: indices of tokens
 
 
 class Forward(Protocol):
@@ -35,21 +47,8 @@ class Forward(Protocol):
         tokens, positions, slots, seq_lens: [rows], or [rows, count]. Returns logits of that shape, and the vocabulary.
         """
 
-    def prompts(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        tables: Tensor,
-        lengths: Sequence[int],
-        contexts: Sequence[int],
-        keep: Tensor,
-    ) -> Tensor:
-        """What the model says after some of the tokens of pieces of prompts, packed one after the other.
-
-        tokens, positions, slots: [tokens]. Row i's piece has lengths[i] of them, after contexts[i] that it has in its
-        pages. keep: indices of tokens. Returns logits [kept, vocabulary].
-        """
+    def prompts(self, prompts: Prompts) -> Tensor:
+        """What the model says after the tokens to keep; returns logits [kept, vocabulary]."""
 
 
 class TorchForward:
@@ -64,27 +63,16 @@ class TorchForward:
 
     def step(self, tokens: Tensor, positions: Tensor, slots: Tensor, seq_lens: Tensor, tables: Tensor) -> Tensor:
         """As `Forward` says."""
-        if tokens.dim() == 2:
-            paged = DecodeStep(self.cache, slots, tables, positions, seq_lens, None)
-            return self.model(input_ids=tokens, position_ids=positions, use_cache=False, paged=paged).logits
-        paged = DecodeStep(self.cache, slots, tables, positions, seq_lens, self.kernel)
-        return self.model(
-            input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False, paged=paged
-        ).logits[:, 0]
+        single = tokens.dim() == 1  # what kernels are for
+        paged = DecodeStep(self.cache, slots, tables, positions, seq_lens, self.kernel if single else None)
+        ids, at = (tokens[:, None], positions[:, None]) if single else (tokens, positions)
+        logits = self.model(input_ids=ids, position_ids=at, use_cache=False, paged=paged).logits
+        return logits[:, 0] if single else logits
 
-    def prompts(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        tables: Tensor,
-        lengths: Sequence[int],
-        contexts: Sequence[int],
-        keep: Tensor,
-    ) -> Tensor:
+    def prompts(self, prompts: Prompts) -> Tensor:
         """As `Forward` says."""
-        paged = Prefill(self.cache, slots, list(lengths), list(contexts), tables)
-        return _packed(self.model, tokens, positions, keep, paged)
+        tokens, positions, slots, tables, lengths, contexts, keep = prompts
+        return _packed(self.model, tokens, positions, keep, Prefill(self.cache, slots, lengths, contexts, tables))
 
 
 # What stands for any number of each while a model is compiled for a CPU: different from each other.
@@ -108,17 +96,9 @@ class CoreForward:
         packed = (tokens.reshape(-1), positions.reshape(-1), slots.reshape(-1))
         return self._call(*packed, tables, starts, torch.arange(count)).view(*tokens.shape, -1)
 
-    def prompts(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        tables: Tensor,
-        lengths: Sequence[int],
-        contexts: Sequence[int],
-        keep: Tensor,
-    ) -> Tensor:
+    def prompts(self, prompts: Prompts) -> Tensor:
         """As `Forward` says."""
+        tokens, positions, slots, tables, lengths, _, keep = prompts
         starts = torch.tensor([0, *lengths]).cumsum(0)
         return self._call(tokens, positions, slots, tables, starts, keep)
 
@@ -163,7 +143,7 @@ class CoreForward:
 
 def forward_of(model: Any, cache: PagedKVCache, kernel: PagedKernel | None = None) -> TorchForward | CoreForward:
     """By the native core where it serves the cache, else in torch's operators."""
-    native = cpu_attention.serves(cache.layers[0].device, cache.layers[0].dtype)
+    native = cpu_attention.serves(cache.device, cache.layers[0].dtype)
     return CoreForward(model, cache) if native else TorchForward(model, cache, kernel)
 
 

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from advance_step.decode.attention import paged
 from advance_step.decode.cache import LayerLayout, PagedKVCache
-from advance_step.decode.forward import forward_of
+from advance_step.decode.forward import Prompts, forward_of
 from advance_step.decode.layouts import AttendingBy, layouts_of
 
 # Layer types of transformers' configs that are attention over keys and values, with nothing else kept between steps.
@@ -158,7 +158,9 @@ def _over_pages(model: Any, layouts: list[LayerLayout], tokens: Tensor) -> list[
         spans = [(row, at + i) for row, (at, n) in enumerate(zip(contexts, lengths, strict=True)) for i in range(n)]
         row, position = torch.tensor(spans, device=device).T
         keep = torch.arange(1, len(spans), device=device)  # all but one: seen whether the model heeds what to keep
-        logits = forward.prompts(tokens[row, position], position, slots(row, position), tables, lengths, contexts, keep)
+        logits = forward.prompts(
+            Prompts(tokens[row, position], position, slots(row, position), tables, lengths, contexts, keep)
+        )
         passes.append((f"prompts, chunk {chunk + 1}", row[1:], position[1:], logits))
         contexts = [at + n for at, n in zip(contexts, lengths, strict=True)]
     for count in STEPS:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advance_step.decode import cpu_attention
-from advance_step.decode.cache import PagedKVCache, read_row, visible_keys
+from advance_step.decode.cache import PagedKVCache, visible_keys
 from advance_step.decode.paged_kernels import PagedKernel
 from advance_step.decode.torch_attention import Scoring, additive_mask, attend_gathered, attend_prompts
 
@@ -81,13 +81,9 @@ class Prefill:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: int, scoring: Scoring) -> Tensor:
         """As `Pass` says."""
         self.cache.write(call, self.write_index, key, value)
-
-        def read(row: int, first: int, end: int) -> tuple[Tensor, Tensor]:
-            keys, values = read_row(self.cache.layers[call], self.block_tables[row], first, end)
-            return keys[..., : key.shape[3]], values[..., : value.shape[3]]
-
         out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        attend_prompts(query, key, value, self.lengths, self.contexts, read, scoring, out)
+        pages = self.cache.layers[call]
+        attend_prompts(query, key, value, pages, self.block_tables, self.lengths, self.contexts, scoring, out)
         return out
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from advance_step import compute_slot_mapping
-from advance_step.decode.forward import Forward
+from advance_step.decode.forward import Forward, Prompts
 from advance_step.decode.scheduler import Chunk
 
 
@@ -28,5 +28,5 @@ def prefill(forward: Forward, chunks: Sequence[Chunk]) -> Tensor:
     sampled_from = ends[1:][torch.tensor([chunk.is_last for chunk in chunks], device=device)] - 1
     contexts = [chunk.start for chunk in chunks]
     return forward.prompts(
-        torch.tensor(tokens, device=device), positions, slots, tables, lengths, contexts, sampled_from
+        Prompts(torch.tensor(tokens, device=device), positions, slots, tables, lengths, contexts, sampled_from)
     )

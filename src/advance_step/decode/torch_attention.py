@@ -3,14 +3,14 @@
 Queries are [rows, heads, tokens, key_dim]; keys and values [rows, kv_heads, length, key_dim or value_dim].
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from advance_step.decode.cache import visible_keys
+from advance_step.decode.cache import read_row, visible_keys
 
 # Up to this many keys in the batch (rows * length) SDPA on the CPU is faster than two batched matmuls, which have a
 # fixed cost of about 80 us; beyond it SDPA falls behind, by 2x at 32 rows (bfloat16 and float32, 2 cores).
@@ -19,9 +19,6 @@ SDPA_MAX_KEYS = 512
 # Prompts attend in blocks of so many tokens where SDPA cannot work the mask out by itself: what a block may see is a
 # mask [QUERY_BLOCK, keys], and never one of a prompt's length squared.
 QUERY_BLOCK = 256
-
-# Keys and values [1, kv_heads, tokens, dim] that a row has from one token up to another, and before that maybe some.
-Read = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
 
 class Scoring(NamedTuple):
@@ -63,24 +60,26 @@ def attend_prompts(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: Sequence[int],
-    contexts: Sequence[int],
-    read: Read,
+    pages: Tensor,
+    block_tables: Tensor,
+    lengths: list[int],
+    contexts: list[int],
     scoring: Scoring,
     out: Tensor,
 ) -> None:
     """Causal attention of pieces of several rows, packed one after the other, to themselves and to what comes before.
 
     query, key, value: those of all pieces, of rows = 1. Row i's piece has lengths[i] tokens, after contexts[i] others;
-    of a row that has some, read(row, first, end) reads the keys and values from `first`'s page on.
+    of a row that has some, all keys and values are read from its pages.
+    pages: a layer of `PagedKVCache`, in which the new keys and values are too; block_tables: [rows, columns].
     out: [1, tokens, heads, value_dim], what is written.
     """
     window, scaling = scoring.window, scoring.scaling
     pieces = zip(
-        query.split(list(lengths), 2),
-        key.split(list(lengths), 2),
-        value.split(list(lengths), 2),
-        out.transpose(1, 2).split(list(lengths), 2),
+        query.split(lengths, 2),
+        key.split(lengths, 2),
+        value.split(lengths, 2),
+        out.transpose(1, 2).split(lengths, 2),
         contexts,
         strict=True,
     )
@@ -88,7 +87,8 @@ def attend_prompts(
         length, ahead = q.shape[2], context  # ahead: keys that lie before the first token's own
         if context:
             first = 0 if window is None else max(0, context - window + 1)
-            k, v = read(row, first, context + length)
+            k, v = read_row(pages, block_tables[row], first, context + length)
+            k, v = k[..., : key.shape[3]], v[..., : value.shape[3]]
             ahead = k.shape[2] - length
         group = q.shape[1] // k.shape[1]
         if scoring.is_plain and not ahead and (window is None or window >= length):
